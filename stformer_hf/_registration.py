@@ -8,6 +8,7 @@ second.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -62,8 +63,7 @@ def _register_pipelines() -> None:
     from transformers import AutoModel, AutoModelForSequenceClassification
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .models.gene_bert import pipelines_gene_bert as pipelines
-
+    pipelines = sys.modules[_PIPELINES]
     for task, kind, auto_class in (
         ("cell-embedding", pipelines.CellEmbeddingPipeline, AutoModel),
         ("cell-classification", pipelines.CellClassificationPipeline, AutoModelForSequenceClassification),
@@ -97,6 +97,7 @@ def _register_stores() -> None:
         return store_layers(CellStore(path))
 
 
+_PIPELINES = f"{__package__}.models.gene_bert.pipelines_gene_bert"
 _CONFIGS = {
     f"{__package__}.models.gene_bert.configuration_gene_bert": "GeneBertConfig",
     f"{__package__}.models.cell_neighborhood.configuration_cell_neighborhood": "CellNeighborhoodConfig",
@@ -107,10 +108,11 @@ def _at_the_first_configuration(module: str) -> None:
     getattr(sys.modules[module], _CONFIGS[module]).on_init = partial(_register_models, module)
 
 
-_AFTER: dict[str, Callable[[], None]] = {
+_AFTER: dict[str, Callable[[], object]] = {
     "transformers.models.auto.configuration_auto": _register_configs,
     "transformers.models.auto.tokenization_auto": _register_tokenizers,
-    "transformers.pipelines": _register_pipelines,
+    "transformers.pipelines": partial(importlib.import_module, _PIPELINES),
+    _PIPELINES: _register_pipelines,
     "peft.utils.constants": _register_layers,
     f"{__package__}.sources.formats": _register_stores,
     **{module: partial(_at_the_first_configuration, module) for module in _CONFIGS},
@@ -120,7 +122,7 @@ _AFTER: dict[str, Callable[[], None]] = {
 class _AfterImport(MetaPathFinder):
     """Finds modules as usual, and runs a function after one of them was imported."""
 
-    def __init__(self, functions: dict[str, Callable[[], None]]):
+    def __init__(self, functions: dict[str, Callable[[], object]]):
         self._functions = functions
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
@@ -146,8 +148,7 @@ class _AfterImport(MetaPathFinder):
 
 def register() -> None:
     """Register the classes with the modules that are imported already, and with the others on import."""
-    waiting = {name: function for name, function in _AFTER.items() if name not in sys.modules}
-    sys.meta_path.insert(0, _AfterImport(waiting))
-    for name, function in _AFTER.items():
-        if name not in waiting:
-            function()
+    imported = [name for name in _AFTER if name in sys.modules]
+    sys.meta_path.insert(0, _AfterImport({name: of for name, of in _AFTER.items() if name not in imported}))
+    for name in imported:
+        _AFTER[name]()

@@ -31,6 +31,20 @@ def test_an_unpickled_configuration_in_a_new_process_has_models(config, tmp_path
     assert done.returncode == 0, done.stderr
 
 
+PIPELINES = """
+from transformers.pipelines import PIPELINE_REGISTRY
+import stformer_hf
+assert {"cell-embedding", "cell-classification"} <= set(PIPELINE_REGISTRY.get_supported_tasks())
+"""
+
+
+@pytest.mark.parametrize("first", ["transformers.pipelines", "stformer_hf.models.gene_bert.pipelines_gene_bert"])
+def test_pipelines_are_registered_once_whatever_is_imported_first(first):
+    command = [sys.executable, "-c", f"import {first}{PIPELINES}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+
+
 def test_what_waits_for_a_module_waits_until_its_import_succeeds(tmp_path, monkeypatch):
     module = tmp_path / "awaited_module.py"
     module.write_text("raise ImportError('a part is missing')")
