@@ -417,6 +417,3 @@ def pack(
         **({} if tokens.cells is None else {"cell_indptr": torch.from_numpy(tokens.cells.indptr)}),
         **{name: torch.from_numpy(of) for name, of in tokens.measured_genes().items()},
     }
-
-
-__all__ = ["CellCollator", "check_probability", "join", "labels_per_cell", "pack", "pad", "read_tokens"]

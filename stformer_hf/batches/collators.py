@@ -545,13 +545,3 @@ def _zero_or_one(name: str, names: Sequence[str] | None) -> dict[str, int] | Non
             "be 0 or 1. Convert it, for example with (adata.obs[key] == name).astype(int)."
         )
     return {of: _TRUTH[of.lower()] for of in names}
-
-
-__all__ = [
-    "DataCollatorForCellClassification",
-    "DataCollatorForGeneRankMLM",
-    "DataCollatorForPhenotypicMLM",
-    "MaskedCells",
-    "collate_fn_wrapper",
-    "refuse_minus_100",
-]

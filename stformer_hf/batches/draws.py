@@ -391,6 +391,3 @@ def _names(paths: list[Any]) -> list[str]:
     """Return the last parts of paths if these differ, else their numbers."""
     names = [str(path).replace("\\", "/").rpartition("/")[2] for path in paths]
     return names if len(set(names)) == len(names) and None not in paths else [str(i) for i in range(len(names))]
-
-
-__all__ = ["Draw", "Permutation", "WeightedDraw", "check_sampling", "draw_of", "group_weights", "sampling_columns"]

@@ -26,6 +26,3 @@ def without_empty_cells(dataset: Any) -> Any:
 def have_counts(dataset: Any) -> np.ndarray:
     """Return which rows `without_empty_cells` keeps: bool array (n,)."""
     return gather(dataset, lambda base: base.lengths > 0 if isinstance(base, CellStore) else np.ones(len(base), bool))
-
-
-__all__ = ["have_counts", "without_empty_cells"]

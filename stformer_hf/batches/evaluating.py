@@ -42,6 +42,3 @@ def length_to_read(encoder: nn.Module, tokenizer: GeneTokenizer, *poolings: str)
     if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
         return None
     return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
-
-
-__all__ = ["evaluating", "length_to_read"]

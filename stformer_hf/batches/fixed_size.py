@@ -94,6 +94,3 @@ def _filled(values: torch.Tensor, length: int, value: Any, dim: int = 0) -> torc
     shape = list(values.shape)
     shape[dim] = length - shape[dim]
     return torch.cat([values, values.new_full(shape, value)], dim=dim)
-
-
-__all__ = ["FixedSize", "fill_labels", "to_fixed_size"]

@@ -94,6 +94,3 @@ def _repeats(cells: np.ndarray, ranks: np.ndarray, settled: np.ndarray, pending:
     repeat = np.zeros(len(cells), bool)
     repeat[order[1:]] = (cells[order][1:] == cells[order][:-1]) & (ranks[order][1:] == ranks[order][:-1])
     return repeat[pending]
-
-
-__all__ = ["unexpressed_genes"]

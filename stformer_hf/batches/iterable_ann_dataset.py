@@ -503,6 +503,3 @@ def _read_obs(
     for name in united.categories:
         columns[name] = np.where(np.isnan(columns[name]), -1, columns[name]).astype(np.int32)
     return columns, united.categories
-
-
-__all__ = ["IterableAnnDataset"]

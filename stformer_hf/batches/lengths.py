@@ -117,6 +117,3 @@ def write_example_lengths(lengths: Any, file_path: str | Path) -> None:
     if "input_ids" in names and "length" not in names:
         lengths = pc.list_value_length(lengths.with_format("arrow")["input_ids"][:]).to_numpy()
     path.write_text(json.dumps(known_lengths(lengths).tolist()))
-
-
-__all__ = ["known_lengths", "load_example_lengths", "write_example_lengths"]

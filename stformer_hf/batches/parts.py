@@ -60,6 +60,3 @@ def gather(dataset: Any, read: Callable[[Any], np.ndarray]) -> np.ndarray:
     if isinstance(dataset, Subset):
         return gather(dataset.dataset, read)[np.asarray(dataset.indices, np.int64)]
     return read(dataset)
-
-
-__all__ = ["as_selection", "as_token_rows", "bases", "gather"]

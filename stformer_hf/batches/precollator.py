@@ -194,6 +194,3 @@ class STFormerPreCollator:
         path = path / "token_dictionary.json"
         path.write_text(json.dumps(self.token_dict, indent=0))
         return (str(path),)
-
-
-__all__ = ["STFormerPreCollator"]

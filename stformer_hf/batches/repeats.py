@@ -96,6 +96,3 @@ def _times_before(rows: np.ndarray) -> np.ndarray:
     times = np.empty(len(rows), np.int64)
     times[order] = np.arange(len(rows)) - ranked.searchsorted(ranked)
     return times
-
-
-__all__ = ["NumberedRepeats", "RepeatedRows"]

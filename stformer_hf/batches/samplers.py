@@ -174,6 +174,3 @@ class SameSourceSampler(ResumableSampler[int]):
     def _settings(self) -> dict[str, object]:
         own = {"sources": checksum(self.sources), **values_of(self, "batch_size", "seed")}
         return {**own, **self.draw.settings()}
-
-
-__all__ = ["BlockShuffleSampler", "RowSampler", "SameSourceSampler"]

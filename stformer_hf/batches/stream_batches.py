@@ -414,6 +414,3 @@ def _has_shuffle_buffer(examples: Any) -> bool:
         return False
     within = [getattr(examples, "ex_iterable", None), *getattr(examples, "ex_iterables", ())]
     return type(examples).__name__ == "BufferShuffledExamplesIterable" or any(map(_has_shuffle_buffer, within))
-
-
-__all__ = ["StreamBatches", "StreamOrder", "TokenBudgetBuffer", "cells_of_largest_part", "only", "part_of"]

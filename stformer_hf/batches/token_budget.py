@@ -282,10 +282,8 @@ def reorder(rows: np.ndarray, cuts: np.ndarray, order: np.ndarray) -> tuple[np.n
 
 
 def too_long_message(name: str, length: int, budget: int) -> str:
+    """Return the message for a cell that no batch can hold."""
     return (
         f"{name} has {length} tokens, more than max_tokens_per_batch={budget}: raise the budget, truncate cells "
         "(tokenizer.max_length, and lengths clipped at it), or leave such cells out."
     )
-
-
-__all__ = ["TokenBudgetBatchSampler", "cut_batches"]

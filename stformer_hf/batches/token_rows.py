@@ -44,6 +44,3 @@ def class_names(dataset: Any) -> dict[str, list[str]]:
     features = getattr(dataset, "features", None) or {}
     found = {name: of.names for name, of in features.items() if isinstance(of, ClassLabel)}
     return found or dict(getattr(dataset, "categories", None) or {})
-
-
-__all__ = ["CLASS_NAMES", "TokenRows", "class_names"]

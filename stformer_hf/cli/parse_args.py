@@ -466,6 +466,3 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     raise SystemExit(main())
-
-
-__all__ = ["BaseConfig", "TrainConfig", "expand_braces", "make_initial_model", "parse_args", "run", "to_verb"]

@@ -56,6 +56,3 @@ def measure_ceiling(counts: sparse.csr_array, labels: np.ndarray, seed: int) -> 
 def cluster_agreement(halves: tuple[np.ndarray, np.ndarray], seed: int) -> dict[str, float]:
     """Compare the Leiden clusters of both halves at resolution 1: `leiden_ari` and `leiden_nmi`."""
     return agreement(*(leiden(neighbor_graph(half), 1.0, seed) for half in halves))
-
-
-__all__ = ["Ceiling", "cluster_agreement", "measure_ceiling", "split_counts"]

@@ -128,12 +128,3 @@ def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None
     totals = values.sum(axis=1) if totals is None else totals
     values.data = np.log1p(1e4 * values.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(values.indptr)))
     return values
-
-
-__all__ = [
-    "classification_baselines",
-    "log_normalise",
-    "most_cells_to_fit",
-    "predict_logistic_regression",
-    "predict_majority",
-]

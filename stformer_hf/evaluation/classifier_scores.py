@@ -137,6 +137,3 @@ def _f1(counts: np.ndarray) -> np.ndarray:
 def _percentiles(draws: np.ndarray) -> np.ndarray:
     tail = 50 * (1 - _LEVEL)
     return np.percentile(draws, [tail, 100 - tail], axis=0)
-
-
-__all__ = ["order_classes", "score_classes", "score_predictions", "share_interval"]

@@ -104,9 +104,3 @@ def silhouettes(embedding: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Compute the silhouette of each cell, float array (n_cells,), with 64 MB of distances in memory at a time."""
     with config_context(working_memory=_DISTANCES_MB):  # by default a gigabyte
         return silhouette_samples(embedding, labels)
-
-
-__all__ = [
-    *("RESOLUTIONS", "agreement", "find_by_bisection", "cluster_scores", "leiden", "nearest_others", "neighbor_graph"),
-    *("silhouette", "silhouettes"),
-]

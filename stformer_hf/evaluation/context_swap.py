@@ -184,6 +184,3 @@ def _swap_bins(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
         swapped["expression_values"] = own["expression_values"].copy()
         swapped["expression_values"][cells, columns] = tokens.expression_values[at]
     return swapped, attended, found.scored
-
-
-__all__ = ["context_swap"]

@@ -514,6 +514,3 @@ def _compare_cells(
     if batches is not None:
         scores |= integration_scores(embedding, labels, batches)
     return scores
-
-
-__all__ = ["evaluate_embedding"]

@@ -296,6 +296,3 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return [{name: plain(value) for name, value in line.items()} for line in table.to_dict("records")]
-
-
-__all__ = ["CEILING", "METRICS", "N_LABELS", "EmbeddingEvaluation"]

@@ -366,6 +366,3 @@ class _BinBaselines:
             "gene_marginal_nll": -np.log(self.of_gene[genes, bins]),
             "cell_marginal_nll": -np.log(of_cell[np.nonzero(found.scored)[0], bins]),
         }
-
-
-__all__ = ["WIDTHS", "MaskedGenes", "masked_gene_baselines", "masked_genes", "open_rows", "read_rows", "spread_rows"]

@@ -121,6 +121,3 @@ def connectivity(embedding: np.ndarray, labels: np.ndarray) -> float:
         parts = connected_components(graph[here][:, here], connection="strong")[1]
         shares.append(np.bincount(parts).max() / len(here))
     return float(np.mean(shares))
-
-
-__all__ = ["batch_kbet", "integration_scores", "scib_version"]

@@ -55,6 +55,3 @@ def _student(estimate: float, se: float, df: int) -> Interval:
     half = float(stats.t.ppf(0.975, df)) * se
     p = float(2 * stats.t.sf(abs(estimate) / se, df)) if se > 0 else float(estimate == 0)
     return Interval(estimate, se, estimate - half, estimate + half, p)
-
-
-__all__ = ["Interval", "of_all_cells", "of_folds"]

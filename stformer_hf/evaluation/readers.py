@@ -126,9 +126,3 @@ def fit_probe(cells: np.ndarray | sparse.csr_array, labels: np.ndarray) -> Logis
 def fit_knn(cells: np.ndarray, labels: np.ndarray) -> KNeighborsClassifier:
     """Fit a vote of the 15 nearest cells by Euclidean distance."""
     return KNeighborsClassifier(N_NEIGHBORS).fit(cells, labels)
-
-
-__all__ = [
-    *("N_NEIGHBORS", "GenePca", "Scaler", "fit_knn", "fit_pca", "fit_probe", "fit_scaler", "rotate_genes"),
-    "variable_genes",
-]

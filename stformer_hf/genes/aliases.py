@@ -141,6 +141,3 @@ def _text(name: Any) -> str:
     if not pd.api.types.is_scalar(name):
         raise ValueError(f"aliases must be {{old: new}}, one name each, got {name!r}.")
     return "" if pd.isna(name) else str(name).strip()
-
-
-__all__ = ["read_aliases", "warn_of_few_matches"]

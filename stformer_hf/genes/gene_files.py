@@ -234,6 +234,3 @@ def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
     names = pd.DataFrame({"gene_id": ids, "symbol": np.where(symbols == "", ids, symbols)}, dtype=object)
     frame = pd.concat([names, others.reset_index(drop=True)], axis=1)[known]
     return frame.drop_duplicates(["gene_id", "symbol"]).reset_index(drop=True)
-
-
-__all__ = ["ID_COLUMNS", "SYMBOL_COLUMNS", "plain_name", "read_gtf", "read_json", "read_table", "whole_numbers"]

@@ -183,6 +183,3 @@ class GeneTable:
     def from_parquet(cls, path: str | Path | BinaryIO) -> GeneTable:
         """Read a table that `to_parquet` wrote."""
         return cls(pq.read_table(path).to_pandas())
-
-
-__all__ = ["GeneTable"]

@@ -247,6 +247,3 @@ def _ranges(lengths: np.ndarray, most: int) -> Iterator[tuple[int, int]]:
 def _narrow(values: np.ndarray) -> np.ndarray:
     """Return non-negative integers in the narrowest type that holds them."""
     return values if values.dtype.kind == "f" else values.astype(np.min_scalar_type(values.max(initial=0)), copy=False)
-
-
-__all__ = ["RELATIVE_ERROR", "AllValues", "ValueSketch"]

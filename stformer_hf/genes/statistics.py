@@ -385,6 +385,3 @@ def _checked_path(path: str | Path) -> Path:
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:  # numpy leaves a damaged file open
         return dict(arrays)
-
-
-__all__ = ["GeneStatistics"]

@@ -87,6 +87,3 @@ def read_columns(path: str | Path, n: int = 1) -> pd.DataFrame:
         return pd.read_csv(
             file, sep="\t", header=None, names=range(n), usecols=range(n), quoting=csv.QUOTE_NONE, **_UNCHANGED
         )
-
-
-__all__ = ["existing_file", "naming", "open_text", "read_columns", "read_text_table", "suffix_of"]

@@ -154,6 +154,3 @@ def _same_symbol(ids: list[np.ndarray], symbols: list[np.ndarray]) -> dict[str, 
     other = groups["gene_id"] != first
     found = dict(zip(groups.loc[other, "gene_id"], first[other], strict=True))
     return {old: new for old, new in found.items() if new not in found}  # an id is renamed once
-
-
-__all__ = ["FATES", "UnitedGenes", "unite"]

@@ -37,6 +37,3 @@ def whole_file(path: Path) -> Iterator[Path]:
             old.rename(path)
         for left in (part, old):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-
-
-__all__ = ["part_of", "whole_file"]

@@ -40,5 +40,3 @@ def warn_of_missing(classes: Iterable[object], where: str) -> None:
 
 
 _MISSING = {"", "nan", "na", "n/a", "none", "null", "<na>"}
-
-__all__ = ["closest", "must_have", "some_of", "warn_of_missing"]

@@ -124,6 +124,3 @@ def climb(
 def _measures(probabilities: np.ndarray, distances: np.ndarray | None, members: list[int]) -> np.ndarray:
     total = probabilities[:, members].sum(axis=1, dtype=np.float64).round(6)  # sums that should be 1 are equal
     return total[:, None] if distances is None else np.column_stack([total, -distances])
-
-
-__all__ = ["ancestors_of", "climb", "read_parents"]

@@ -280,6 +280,3 @@ def majority(labels: pd.Categorical, clusters: pd.Series) -> pd.Categorical:
     winners = np.where(counts.any(axis=1), counts.argmax(axis=1), -1)
     codes = np.append(winners, -1)[clusters.codes]  # the code of no cluster is -1
     return pd.Categorical.from_codes(codes, labels.categories)
-
-
-__all__ = ["annotate", "majority"]

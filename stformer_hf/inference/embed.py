@@ -175,6 +175,3 @@ def pooled_states(
         return encoder(**batch, tokens_to_keep=first).last_hidden_state[0]
     hidden = encoder(**batch, output_hidden_states=True).hidden_states[hidden_layer]
     return pool(hidden, types, mask, pooling, boundaries)
-
-
-__all__ = ["embed", "embed_and_count", "pooled_states"]

@@ -251,6 +251,3 @@ def _random_cells(tokenizer: GeneTokenizer, n_cells: int = 32, n_genes: int = 20
     cells = AnnData(sparse.csr_matrix((counts, columns, indptr), shape=(n_cells, len(genes))))
     cells.var_names = genes
     return cells
-
-
-__all__ = ["export_onnx", "run_onnx"]

@@ -276,6 +276,3 @@ def _draw(candidates: list[list[int]], n: int, rng: np.random.Generator) -> list
     draws = [tuple(sorted(int(rng.choice(of)) for of in candidates)) for _ in range(2 * n)]
     different = dict.fromkeys(draw for draw in draws if len(set(draw)) == len(draw))
     return list(different)[:n]
-
-
-__all__ = ["QUANTILES", "GeneEdits", "Panel", "Perturbation", "choose_perturbations"]

@@ -180,6 +180,3 @@ def make_gene_table(
         order = np.lexsort((-shift, -found["z"].fillna(-np.inf), number))
         parts.append(found.iloc[order].groupby("perturbation", sort=False).head(n_most))
     return pd.concat(parts, ignore_index=True)
-
-
-__all__ = ["GeneStates", "ShardGenes", "ShiftSums", "make_gene_table", "unit_length"]

@@ -649,6 +649,7 @@ def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarra
 
 
 def gene_frame(tokenizer: GeneTokenizer, chosen: np.ndarray) -> pd.DataFrame:
+    """Return a table of the ids and symbols of chosen genes, int array (k,), indexed by their ids."""
     ids = [tokenizer.genes[i] for i in chosen]
     symbol = {gene: name for name, gene in reversed(tokenizer.symbols.items())}  # the first one stays
     symbols = [symbol.get(gene, "" if is_id else gene) for gene, is_id in zip(ids, are_ids(ids), strict=True)]
@@ -658,6 +659,3 @@ def gene_frame(tokenizer: GeneTokenizer, chosen: np.ndarray) -> pd.DataFrame:
 def _refuse_neighborhoods(tokenizer: GeneTokenizer) -> None:
     if tokenizer.neighborhood:
         raise ValueError("The model reads the genes of a cell's neighbours too, so a gene has no single token.")
-
-
-__all__ = ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"]

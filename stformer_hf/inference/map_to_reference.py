@@ -304,6 +304,3 @@ def fingerprint_of(model: PreTrainedModel, tokenizer: GeneTokenizer) -> str:
         found.update(name.encode())
         found.update(tensor.detach().to("cpu", torch.float32).numpy().tobytes())
     return found.hexdigest()
-
-
-__all__ = ["Reference", "fingerprint_of", "map_to_reference", "save_reference", "vote"]

@@ -85,6 +85,3 @@ def import_faiss() -> ModuleType:
     except ImportError as error:
         raise ImportError("Approximate neighbours need faiss: pip install 'stformer_hf[faiss]'.") from error
     return faiss
-
-
-__all__ = ["NearestCells", "import_faiss"]

@@ -680,6 +680,3 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
 def _write(path: Path, text: str) -> None:
     with whole_file(path) as part:
         part.write_text(text, encoding="utf-8")
-
-
-__all__ = ["perturb"]

@@ -345,17 +345,3 @@ def _means(values: np.ndarray, units: np.ndarray) -> np.ndarray:
     """Return the mean of each unit that has values."""
     _, codes = np.unique(units, return_inverse=True)
     return np.bincount(codes, weights=values) / np.bincount(codes)
-
-
-__all__ = [
-    "CellGroups",
-    "DonorGroups",
-    "ShardScores",
-    "benjamini_hochberg",
-    "cell_statistics",
-    "compare",
-    "compare_groups",
-    "interval",
-    "make_table",
-    "permute_donors",
-]

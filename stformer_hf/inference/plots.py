@@ -734,6 +734,3 @@ def _save(ax: Axes, save: str | Path | None) -> Axes:
         figure.savefig(save, dpi=120)
         plt.close(figure)
     return ax
-
-
-__all__ = ["confusion", "label_curve", "loss_curves", "mapping", "network", "sections", "umap", "umaps", "volcano"]

@@ -64,6 +64,3 @@ def kth_lowest(scores: np.ndarray, reject: float) -> float | None:
     """Return the conformal threshold of one group, see `rejection_thresholds`; None if it has too few cells."""
     k = int(np.floor(reject * (len(scores) + 1) + 1e-9))  # 0.05 x 20 is 1, whatever the last digit
     return float(np.partition(scores, k - 1)[k - 1]) if k else None
-
-
-__all__ = ["UNKNOWN", "check_reject", "kth_lowest", "rejection_thresholds", "typicality"]

@@ -378,6 +378,3 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
 
 def _last_line(error: Exception | None) -> str | None:
     return None if error is None else str(error).strip().split("\n")[-1]
-
-
-__all__ = ["best_of", "search"]

@@ -87,6 +87,3 @@ def _scatter(axes, x: np.ndarray, score: np.ndarray, complete: np.ndarray, edge:
     ):
         if which.any():
             axes.scatter(x[which], score[which], marker=marker, facecolor=face, edgecolor=colour, s=30, label=label)
-
-
-__all__ = ["plot_trials"]

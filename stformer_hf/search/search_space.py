@@ -289,6 +289,3 @@ def in_words(values: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{name} {value:.4g}" if type(value) is float else f"{name} {value}" for name, value in values.items()
     )
-
-
-__all__ = ["COLLATOR_NAMES", "MODEL_NAMES", "TRAINING_NAMES", "SearchSpace", "TrialModel"]

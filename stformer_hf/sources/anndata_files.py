@@ -272,6 +272,3 @@ def _on_disk(handle: FileHandle, key: str) -> Matrix:
     if shape is None or not encoding.startswith(("csr", "csc")):
         raise ValueError(f"{handle.path}: {key} is stored as {encoding or 'an unknown layout'}: not supported.")
     return (CompressedMatrix if encoding.startswith("csr") else ColumnMatrix)(handle, key, shape)
-
-
-__all__ = ["Tables", "anndata_layers", "anndata_layers_at", "by_feature_type", "open_hdf5", "read_anndata_file"]

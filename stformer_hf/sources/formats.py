@@ -186,6 +186,3 @@ def _walk(path: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
                 logger.warning(f"{inside} is left out: it is compressed. Unpack it (gunzip), or move it away.")
             elif not inside.name.startswith("."):
                 yield from _walk(inside, (*above, path.resolve()))
-
-
-__all__ = ["Found", "expand", "find_layers", "is_format", "is_source", "local_path", "read_layers", "remote_folder"]

@@ -45,6 +45,3 @@ def _read_loom(path: Path) -> list[Layer]:
 
     layers = list(handle["layers"]) if "layers" in handle.file else []
     return [layer("X", "matrix")] + [layer(name, f"layers/{name}") for name in layers]
-
-
-__all__: list[str] = []

@@ -322,16 +322,3 @@ def _check_compressed(handle: FileHandle, key: str, n_major: int) -> None:
             f"{handle.path}: {key} is damaged: {sizes['data']} values, {sizes['indices']} indices and "
             f"{sizes['indptr']} row ends do not fit {n_major} rows."
         )
-
-
-__all__ = [
-    "ColumnMatrix",
-    "CompressedMatrix",
-    "DenseMatrix",
-    "FileHandle",
-    "Matrix",
-    "MemoryMatrix",
-    "PerProcess",
-    "ScatteredMatrix",
-    "Selection",
-]

@@ -171,6 +171,3 @@ def _is_number(word: bytes, whole: bool) -> bool:
     except ValueError:
         return False
     return True
-
-
-__all__ = ["MtxMatrix"]

@@ -45,6 +45,3 @@ def rows_of_mtx(file: Path, genes: pd.DataFrame, cells: pd.DataFrame, *, cells_i
 def names_table(file: Path) -> pd.DataFrame:
     """Return a table without columns, indexed by the names in a file with one name per line."""
     return pd.DataFrame(index=pd.Index(read_columns(file)[0], dtype=object, name=None))
-
-
-__all__ = ["names_table", "beside", "file_of", "rows_of_mtx"]

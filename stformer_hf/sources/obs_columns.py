@@ -265,6 +265,3 @@ class ClassCode(int):
     def name(self) -> str | None:
         """Name of the class; None if it is missing."""
         return self.names[self] if self >= 0 else None
-
-
-__all__ = ["OWN_COLUMNS", "ClassCode", "ObsColumns", "as_array", "as_arrow", "as_names", "as_objects", "unite_obs"]

@@ -256,6 +256,3 @@ def _probe(layer: Layer, fractional: bool) -> str | None:
             return problem
         n_values += int(np.count_nonzero(values))
     return None if n_values else NO_COUNTS
-
-
-__all__ = ["AlignedCounts", "Counts", "Source", "open_source"]

@@ -116,6 +116,3 @@ def _read_rhapsody(path: Path) -> list[Layer]:
     genes = np.where(kinds == GENES, names.str.partition("|")[0], names).astype(object)
     var = pd.DataFrame({"feature_type": kinds}, index=pd.Index(genes, dtype=object))
     return by_feature_type("X", matrix, var, lambda: pd.DataFrame(index=pd.Index(matrix.index, dtype=object)))
-
-
-__all__: list[str] = []

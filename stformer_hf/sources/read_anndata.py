@@ -232,14 +232,3 @@ def _import_spatialdata():
             '"stformer_hf[spatialdata]". Stores and streams read only its counts, and work without the package.'
         ) from error
     return spatialdata
-
-
-__all__ = [
-    "add_coordinates",
-    "as_anndata",
-    "coordinates_of",
-    "find_placed_table",
-    "is_anndata_file",
-    "read_anndata",
-    "section_of",
-]

@@ -70,6 +70,3 @@ def reads(name: str, matches: Callable[[Path], bool], remote: bool = False):
 def find_format(path: Path | str) -> Format | None:
     """Return the format of a file or folder, or (str) of an address, see `formats.remote_folder`; None if unknown."""
     return next((known for known in FORMATS if (known.remote if isinstance(path, str) else known.matches(path))), None)
-
-
-__all__ = ["FORMATS", "Format", "Layer", "find_format", "reads"]

@@ -282,16 +282,3 @@ def join_groups(groups: np.ndarray, twins: np.ndarray) -> np.ndarray:
     n = codes.max() + 1
     links = sparse.csr_array((np.ones(len(codes)), (codes, n + twins)), shape=(n + twins.max() + 1,) * 2)
     return connected_components(links, directed=False)[1][codes]
-
-
-__all__ = [
-    "PART",
-    "SHARE",
-    "SameCells",
-    "check_names",
-    "describe",
-    "find_twins",
-    "find_twins_of_store",
-    "join_groups",
-    "row_totals",
-]

@@ -209,6 +209,3 @@ def _import_soma() -> Any:
     except ImportError as error:
         raise ImportError('Experiments of TileDB-SOMA need tiledbsoma: pip install "stformer_hf[soma]"') from error
     return tiledbsoma
-
-
-__all__ = ["Measurements", "SomaMatrix", "SomaPlace", "find_soma", "is_soma", "soma_key"]

@@ -81,6 +81,3 @@ class StoreMatrix(Matrix):
     def sample(self) -> Iterator[np.ndarray]:
         """Return nothing, since the counts of a store were checked when it was built."""
         yield np.ones(1, np.uint8)
-
-
-__all__ = ["StoreMatrix", "StoredCells", "store_layers"]

@@ -82,6 +82,3 @@ def _read_features(file: Path) -> pd.DataFrame:
         if column in table and (table[column] != "").any():
             genes[name] = table[column].to_numpy(object)
     return genes
-
-
-__all__: list[str] = []

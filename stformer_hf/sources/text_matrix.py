@@ -67,6 +67,3 @@ class TextMatrix(ScatteredMatrix):
                 rows, columns = np.nonzero(values)
                 yield rows + at, columns, values[rows, columns]
                 at += len(part)
-
-
-__all__ = ["TextMatrix"]

@@ -153,6 +153,3 @@ def _leiden(adata: AnnData, use_rep: str, resolution: float, neighbors_key: str,
         random_state=seed,
     )
     return graph.obs["leiden"].to_numpy()
-
-
-__all__ = ["check_domains", "spatial_domains"]

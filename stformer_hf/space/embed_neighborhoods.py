@@ -373,6 +373,3 @@ def _check_share(genes: np.ndarray, totals: np.ndarray, source: Source, config: 
         logger.warning(
             f"{config.n_genes - n_found} of the model's {config.n_genes} genes are not in the data, and are set to 0."
         )
-
-
-__all__ = ["embed_neighborhoods"]

@@ -200,6 +200,3 @@ def _half_sides(patch_size: float | Sequence[float], n_dimensions: int, shape: s
                 "coordinates."
             )
     return sides / 2
-
-
-__all__ = ["NeighborIndex", "first_of_each"]

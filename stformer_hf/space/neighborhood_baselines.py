@@ -199,6 +199,3 @@ def _blocks(sampler: CenterMaskSampler, items: np.ndarray, desc: str) -> Iterato
 def _log_likelihood(counts: np.ndarray, log_mean: np.ndarray, log_dispersion: np.ndarray) -> np.ndarray:
     values = (torch.from_numpy(np.asarray(part, np.float64)) for part in (counts, log_mean, log_dispersion))
     return nb_log_likelihood(*values).numpy()
-
-
-__all__ = ["BASELINES", "CountBaseline", "MaskedCells", "gene_moments", "mean_of_defined", "neighborhood_baselines"]

@@ -78,6 +78,3 @@ class NeighborhoodBatch(Sequence):
         cells, genes = np.repeat(np.arange(stop - start), np.diff(ends)), self.expression.indices[own]
         rows[cells, genes] = self.expression.data[own]
         return rows
-
-
-__all__ = ["NeighborhoodBatch", "NeighborhoodMetadata"]

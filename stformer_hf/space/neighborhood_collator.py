@@ -144,6 +144,3 @@ def _masks(lengths: np.ndarray) -> dict[str, torch.Tensor]:
         "pooling_mask": torch.from_numpy(pooling),
         "decoder_mask": torch.from_numpy(decoder),
     }
-
-
-__all__ = ["collate", "collate_neighborhoods"]

@@ -123,6 +123,3 @@ def _check_baselines(train_dataset: Any, eval_dataset: Any) -> None:
                 f"baselines=True needs one CenterMaskSampler, but a {type(cells).__name__} combines several: make one "
                 "of all cells, with a section_key."
             )
-
-
-__all__ = ["NeighborhoodTrainer"]

@@ -170,6 +170,3 @@ def _encode(types: np.ndarray, name: str, encoder: LabelEncoder | None) -> tuple
             "cells, or fit an encoder to the types of all cells (encoder=LabelEncoder().fit(…))."
         )
     return encoder.transform(types).astype(np.int64), encoder
-
-
-__all__ = ["PreparedMetadata", "prepare_metadata"]

@@ -94,6 +94,3 @@ def check_sampler_fits(model: PreTrainedModel, sampler: Any, name: str = "sample
             f"{name} returns counts (normalize=None), but the model reads log1p of counts (apply_log1p=False), which "
             "embed_neighborhoods passes to it: make the model with apply_log1p=True, and it takes log1p itself."
         )
-
-
-__all__ = ["DEFAULTS", "check_sampler_fits", "fit_sampler"]

@@ -205,6 +205,3 @@ def _graph(pairs: np.ndarray, points: np.ndarray) -> tuple[sparse.csr_matrix, sp
     rows = np.repeat(np.arange(n), np.diff(graph.indptr))
     lengths = np.linalg.norm(points[rows] - points[graph.indices], axis=1)
     return graph, sparse.csr_matrix((lengths, graph.indices.copy(), graph.indptr.copy()), shape=(n, n))
-
-
-__all__ = ["spatial_neighbors"]

@@ -169,17 +169,3 @@ def match_cells(names: Any, known: Any, cell_id_colname: str) -> np.ndarray:
             f"(column {cell_id_colname!r}); expression {has}. prepare_metadata leaves out cells of only one table."
         )
     return rows
-
-
-__all__ = [
-    "as_names",
-    "column_of",
-    "match_cells",
-    "read_embeds",
-    "read_points",
-    "read_sections",
-    "read_types",
-    "rows_of",
-    "warn_of_sections",
-    "warn_of_units",
-]

@@ -195,6 +195,3 @@ class _Lists:
             if of.file is not None:
                 for place, size in of.places:
                     yield of.file, place + start * size, place + stop * size
-
-
-__all__ = ["ArrowRows"]

@@ -178,6 +178,3 @@ class _Segment:
                     return None
                 self._compared.add(place)
         return self._memory[self._head + start : self._head + stop]
-
-
-__all__ = ["BlockCache"]

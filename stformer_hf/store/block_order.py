@@ -88,6 +88,3 @@ def _feistel(numbers: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         high, low = low, high ^ (mix(low ^ key) & np.uint64((1 << n_high) - 1))
         n_high, n_low = n_low, n_high
     return high << np.uint64(n_low) | low
-
-
-__all__ = ["ORDER", "block_order"]

@@ -305,6 +305,3 @@ def _split(batches: Iterable[dict[str, Any]], batch_size: int) -> Iterator[dict[
                 for name in (f"{prefix}genes", f"{prefix}counts"):
                     small[name] = batch[name][at[i] : at[i + 1]]
             yield small
-
-
-__all__ = ["REPEAT", "Cell", "CellBatch", "as_cell_batch", "collate_cells", "names_key", "small_batches"]

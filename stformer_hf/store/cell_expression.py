@@ -83,6 +83,3 @@ def _x_of(adata: AnnData) -> Any:
         return rows
     there = ", ".join(layer.name for layer in anndata_layers(adata)) or "no matrix"
     raise ValueError(f"There is no X (found: {there}). Put the expression into X.")
-
-
-__all__ = ["CellExpression"]

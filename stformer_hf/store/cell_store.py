@@ -505,6 +505,3 @@ class CellStore(StoreReader):
             raise ValueError(f"This is a selection of {self.path}: {to_do} the whole store, or save the selection.")
         if self._is_joined:
             raise ValueError(f"{self.path} is joined from others: {to_do} a saved copy of it (store.save).")
-
-
-__all__ = ["CellStore"]

@@ -78,6 +78,3 @@ def decode(
     genes -= np.repeat(before, np.diff(indptr))
     genes -= np.ones(1, gene_type)
     return indptr, genes, counts
-
-
-__all__ = ["CODES", "LARGE", "LENGTH", "decode", "encode"]

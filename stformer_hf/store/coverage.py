@@ -63,6 +63,3 @@ def _in_words(row: Mapping[str, Any]) -> str:
     if len(found) < 2:
         return ways[found[0]] if found else "no columns"
     return "; ".join(f"{row[fate]:,} ({row[f'counts {fate}']:.1%} of the counts) {ways[fate]}" for fate in found)
-
-
-__all__ = ["coverage", "print_coverage"]

@@ -110,6 +110,3 @@ def _describe_rows(store: StoreReader, which: np.ndarray) -> np.ndarray:
         block = store.rows(numbers)
         described[numbers] = describe(row_totals(block), block.indptr)
     return described
-
-
-__all__ = ["DuplicateCheck"]

@@ -196,6 +196,3 @@ def _connect(workers: int) -> bool:
     except ConnectionError:  # there is none
         ray.init(address="local", num_cpus=workers, include_dashboard=False)
     return True
-
-
-__all__ = ["ENGINES", "check_engine", "run_tasks", "runs_here"]

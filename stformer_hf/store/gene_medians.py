@@ -195,6 +195,3 @@ def _by_workers(work: _Work, workers: int, engine: str, progress: Callable[[int]
             statistics = statistics.merge(found.pop(number))
             progress(part.stop - part.start)
     return statistics
-
-
-__all__ = ["estimate_gene_medians"]

@@ -63,6 +63,3 @@ def push_files(
         revision=revision,
     )
     return commit.commit_url
-
-
-__all__ = ["push_files"]

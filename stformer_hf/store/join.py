@@ -122,6 +122,3 @@ def _sources(stores: Sequence[StoreReader]) -> list[dict]:
         }
         merged.append(total)
     return merged
-
-
-__all__ = ["join_stores"]

@@ -69,6 +69,3 @@ def write_dataset_files(folder: Path, features: Features, shards: list[dict]) ->
 def written_by() -> str:
     """Return name and version of this package."""
     return f"stformer_hf {version('stformer_hf')}"
-
-
-__all__ = ["COMPACT_FORMAT_VERSION", "FORMAT_VERSION", "write_dataset_files", "write_manifest", "written_by"]

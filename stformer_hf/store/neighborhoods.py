@@ -48,6 +48,3 @@ def sum_groups(
         return np.zeros(1, np.int64), genes, counts.astype(np.float64 if counts.dtype.kind == "f" else np.int64)
     indptr = np.cumsum([0, *map(len, all_genes)])
     return indptr, np.concatenate(all_genes), np.concatenate(all_counts)
-
-
-__all__ = ["sum_groups"]

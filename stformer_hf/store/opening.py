@@ -72,6 +72,3 @@ def open_files(path: Any, manifest: dict[str, Any]) -> tuple[GeneTable, ArrowRow
         raise ValueError(f"{path / 'genes.parquet'} is damaged: {error}. Copy the store again.") from error
     shifts = [shard["neighbor_shift"] for shard in shards]
     return genes, ArrowRows([path / shard["file"] for shard in shards], shifts, manifest.get("compact", False))
-
-
-__all__ = ["open_files", "read_manifest"]

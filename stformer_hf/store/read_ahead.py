@@ -78,6 +78,3 @@ def _waits() -> int:
     """Count how often this thread (elsewhere than on Linux: this process) waited for a page."""
     who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
     return resource.getrusage(who).ru_majflt
-
-
-__all__ = ["MappedFile", "ReadAhead"]

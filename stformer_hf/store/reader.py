@@ -366,6 +366,3 @@ def _csr(indptr: np.ndarray, columns: np.ndarray, values: np.ndarray, n_columns:
     index_type = np.int64 if max(len(columns), n_columns) > np.iinfo(np.int32).max else np.int32
     indices = (values, columns.astype(index_type), indptr.astype(index_type))
     return sparse.csr_array(indices, shape=(len(indptr) - 1, n_columns))
-
-
-__all__ = ["StoreReader"]

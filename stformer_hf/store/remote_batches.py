@@ -124,6 +124,3 @@ def read_column(batches: Sequence[RemoteBatch], name: str) -> list[pa.Array]:
         )
         for batch, column in zip(batches, columns, strict=True)
     ]
-
-
-__all__ = ["RemoteBatch", "RemoteValues", "read_column", "read_headers"]

@@ -402,6 +402,3 @@ def fetched(*slices: list) -> list[list]:
         return list(slices)
     found = iter(first.file.folder.read([content for contents in slices for content in contents]))
     return [[next(found) for _ in contents] for contents in slices]
-
-
-__all__ = ["Range", "RemoteFile", "RemoteFolder", "fetched"]

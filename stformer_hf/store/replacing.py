@@ -227,6 +227,3 @@ def _give_name_back(path: Path) -> None:
     old = _old_of(path)
     if not path.exists() and (old / "manifest.json").exists():
         old.rename(path)
-
-
-__all__ = ["STORE", "Contents", "building_of", "check_free", "locked", "recover", "written_at"]

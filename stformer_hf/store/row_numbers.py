@@ -52,6 +52,3 @@ def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
             raise IndexError(f"Row {outside[0]} is outside the {of} of {n_rows} cells.")
         rows = np.where(rows < 0, rows + n_rows, rows)
     return rows
-
-
-__all__ = ["check_mask", "row_numbers"]

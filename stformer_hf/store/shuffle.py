@@ -87,6 +87,3 @@ def _renumber(batch: pa.RecordBatch, new_number: np.ndarray) -> pa.RecordBatch:
     return batch.set_column(
         at, batch.schema.field(at), pa.ListArray.from_arrays(pa.array(offsets - offsets[0]), numbers)
     )
-
-
-__all__ = ["shuffle"]

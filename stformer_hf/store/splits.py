@@ -38,6 +38,3 @@ def split_groups(twins: np.ndarray, column: pd.Series, test_size: float, seed: i
     splitter = GroupShuffleSplit(1, test_size=test_size, random_state=seed)
     train, test = next(splitter.split(np.arange(len(twins)), groups=groups))
     return np.sort(train), np.sort(test)
-
-
-__all__ = ["split_cells", "split_groups"]

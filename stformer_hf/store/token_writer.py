@@ -278,6 +278,3 @@ def _write_lengths(building: Path, records: list[dict]) -> int:
         file.flush()
         os.fsync(file.fileno())
     return n_tokens
-
-
-__all__ = ["ROWS_PER_SHARD", "write_tokens"]

@@ -164,6 +164,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:  # of another user
         return True
     return True
-
-
-__all__ = ["CollatedBatch"]

@@ -444,6 +444,3 @@ def _describe(source: Source, number: int, united: UnitedGenes, records: list[di
         "columns": dict(zip(FATES, columns, strict=True)),
         "total_counts": {fate: sum(record["total_counts"][fate] for record in own) for fate in FATES},
     }
-
-
-__all__ = ["BuildSettings", "write_store"]

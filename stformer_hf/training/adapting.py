@@ -110,6 +110,3 @@ def layer_rates(
     ]
     betas = args.adam_beta1, args.adam_beta2
     return torch.optim.AdamW, {"params": params, "lr": rate, "betas": betas, "eps": args.adam_epsilon, "fused": True}
-
-
-__all__ = ["adapt", "check_adapts", "layer_rates"]

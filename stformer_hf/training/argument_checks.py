@@ -93,6 +93,3 @@ def _check_smoothing(model: nn.Module, factor: float) -> None:
             f"label_smoothing_factor={factor} contradicts {field}={getattr(config, field)} of the model: leave one of "
             "them out."
         )
-
-
-__all__ = ["check_arguments", "smoothing_field"]

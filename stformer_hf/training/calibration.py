@@ -100,6 +100,3 @@ def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:
         for column, of in columns.items()
     }
     return found.get("", found)
-
-
-__all__ = ["CALIBRATION_FILE", "OutOfFold", "load_out_of_fold", "replace_out_of_fold"]

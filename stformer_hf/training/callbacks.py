@@ -115,6 +115,3 @@ class FillHubFolder(TrainerCallback):
             for code in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):
                 shutil.copy(code, args.output_dir)
             self.trainer.create_model_card()
-
-
-__all__ = ["FillHubFolder", "SaveOnSignal", "SetEpoch", "take_back_signals"]

@@ -209,6 +209,3 @@ def gene_coverage(store: CellStore, tokenizer: GeneTokenizer) -> dict[str, float
         "vocabulary": len(np.unique(found[found >= 0])) / len(tokenizer.genes),
         "counts": float(counts[found >= 0].sum() / counts.sum()) if counts.sum() else 0.0,
     }
-
-
-__all__ = ["compare", "figures_of", "gene_coverage", "is_of_baseline", "last_metrics", "run_of", "settings_of"]

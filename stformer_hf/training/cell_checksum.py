@@ -59,6 +59,3 @@ def checksum(*values: Any) -> str:
             value = repr(value).encode()
         found = zlib.crc32(value, found)
     return f"{found:08x}"
-
-
-__all__ = ["MOST", "checksum", "describe_cells"]

@@ -161,14 +161,3 @@ def check_finite(outputs: np.ndarray, known: np.ndarray) -> None:
             f"The model returns NaN or infinite outputs for {n_wrong} of {len(outputs)} cells: its weights are not "
             "finite (training diverged), or overflow in half precision. Nothing was written."
         )
-
-
-__all__ = [
-    "CellHead",
-    "check_finite",
-    "check_predicts_cells",
-    "name_outputs",
-    "predicts_cells",
-    "read_heads",
-    "read_numbers",
-]

@@ -103,6 +103,3 @@ def _is_whole(checkpoint: Path) -> bool:
         return isinstance(json.loads((checkpoint / _STATE).read_text()), dict)
     except (OSError, ValueError):
         return False
-
-
-__all__ = ["check_complete", "check_same_meaning", "checkpoint_to_resume", "last_whole_checkpoint", "mark_unfinished"]

@@ -19,5 +19,3 @@ FINETUNING_REFERENCE = {
     "weight_decay": 0.05,
 }
 MAX_LENGTH = 8  # for a new whole-cell classifier: [CLS] reads all genes, and more tokens showed no benefit
-
-__all__ = ["FINETUNING", "FINETUNING_REFERENCE", "MAX_LENGTH"]

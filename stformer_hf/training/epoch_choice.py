@@ -175,6 +175,3 @@ def _outputs_of_epochs(
         outputs = [predict(fold.model, fold.tokenizer, others)]
         trainer.train()
     return np.stack(outputs)
-
-
-__all__ = ["FEW_LABELS", "MOST_EPOCHS", "choose_epochs"]

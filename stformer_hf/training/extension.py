@@ -325,6 +325,3 @@ def _draw_rows(weight: torch.Tensor, new: torch.Tensor, like: torch.Tensor, std:
             z = torch.randn(len(some), len(like), device=weight.device)
             drawn = mean + z @ (like - mean) / (len(like) - 1) ** 0.5
         weight[some] = drawn.to(weight.dtype)
-
-
-__all__ = ["extend_vocabulary"]

@@ -42,6 +42,3 @@ def keep_in_float32(model: nn.Module, autocast: bool) -> None:
         for weight in weights:
             if weight.requires_grad:
                 weight.data = weight.data.float()
-
-
-__all__ = ["keep_in_float32"]

@@ -217,13 +217,3 @@ def fit_datasets(model: PreTrainedModel, train: Any, others: Iterable[Any]) -> N
         for part in (part for dataset in datasets for part in bases(dataset)):
             if hasattr(part, "fit_model"):
                 part.fit_model(model, name, name == "train_dataset")
-
-
-__all__ = [
-    "check_stores_together",
-    "check_tokenizer_fits",
-    "check_tokenizers",
-    "check_tokens",
-    "fit_classes",
-    "fit_datasets",
-]

@@ -216,6 +216,3 @@ def _joined(name: str, parts: list[_Labels]) -> _Labels:
 
 def _some(names: Iterable[str | None]) -> str:
     return some_of(map(repr, names))
-
-
-__all__ = ["fit_head_to_labels"]

@@ -111,6 +111,3 @@ def kind_of_values(dtype: Any) -> str:
     """Return what values of a numpy or pandas dtype are, for messages."""
     kinds = {"b": "booleans", "i": "whole numbers", "u": "whole numbers", "f": "numbers"}
     return kinds.get(dtype.kind, f"values of type {dtype}")
-
-
-__all__ = ["kind_of_values", "select_labelled"]

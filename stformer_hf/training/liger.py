@@ -73,6 +73,3 @@ def _cross_entropies(
         states, weight, labels, bias=bias, reduction="none", return_predicted_tokens=True
     )
     return found.loss, found.predicted_tokens
-
-
-__all__ = ["prepare_liger"]

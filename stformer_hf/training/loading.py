@@ -346,21 +346,3 @@ def _of_hub(name: str, load: Any, *args: Any, **kwargs: Any) -> Any:
         raise FileNotFoundError(
             f"There is no folder {name!r}{_closest(name)}. It was not found on the Hub either: {first}"
         ) from error
-
-
-__all__ = [
-    "MODEL_CONFIG",
-    "MODEL_PACKAGES",
-    "find_installed",
-    "holds_model",
-    "is_adapter",
-    "is_hub_id",
-    "is_model",
-    "load_config",
-    "let_cls_learn",
-    "load_model",
-    "load_tokenizer",
-    "name_of",
-    "tokenizer_of",
-    "unwrap",
-]

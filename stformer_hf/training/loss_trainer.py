@@ -156,6 +156,3 @@ def without_labels(inputs: dict[str, Any], names: list[str], rows: torch.Tensor)
     for labels in hidden.values():
         labels[rows.to(labels.device)] = IGNORE
     return {**inputs, **hidden}
-
-
-__all__ = ["LossTrainer", "filling_cells", "loss_of_batch", "sum_dtype", "without_labels"]

@@ -270,6 +270,3 @@ def _number(value: Any) -> Any:
         value = float(value)
         return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
     return value
-
-
-__all__ = ["is_unchanged_card", "write_model_card"]

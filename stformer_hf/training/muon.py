@@ -106,6 +106,3 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._muon.step()
         self._adamw.step()
         return loss
-
-
-__all__ = ["MuonAndAdamW", "muon_for_matrices"]

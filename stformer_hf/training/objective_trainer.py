@@ -281,6 +281,3 @@ class ObjectiveTrainer(CellTrainer):
         elif self._average is not None:
             self._average.load(Path(resume_from_checkpoint), self.model)
         return prepared
-
-
-__all__ = ["ObjectiveTrainer"]

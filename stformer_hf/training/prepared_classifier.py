@@ -159,6 +159,3 @@ def predict(model: PreTrainedModel, tokenizer: GeneTokenizer, cells: CellStore) 
     For several label columns, those of a column are its `CellHead.outputs`; see `read_heads`.
     """
     return run_cells(model, tokenizer, cells, lambda batch: model(**batch).logits, 128)
-
-
-__all__ = ["Finetuning", "SetTemperature", "predict"]

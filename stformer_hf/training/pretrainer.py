@@ -210,6 +210,3 @@ def _check_baselines(train_dataset: Any, eval_datasets: Sequence[Any], collator:
             f"baselines=True needs DataCollatorForGeneRankMLM or DataCollatorForPhenotypicMLM, got "
             f"{type(collator).__name__}."
         )
-
-
-__all__ = ["STFormerPretrainer"]

@@ -32,6 +32,3 @@ def leave_gloo_at_exit() -> None:
             leave_process_group()
 
     atexit.register(leave)
-
-
-__all__ = ["leave_gloo_at_exit", "leave_process_group"]

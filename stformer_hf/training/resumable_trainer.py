@@ -182,6 +182,3 @@ class ResumableTrainer(LossTrainer):
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the first process now marks the checkpoint as complete
-
-
-__all__ = ["ResumableTrainer"]

@@ -13,6 +13,3 @@ def score_of(metrics: Mapping[str, float], metric: str) -> float:
         hint = closest(metric, metrics)
         raise ValueError(f"The evaluation has no metric {metric!r}{hint}; it has {', '.join(sorted(metrics))}.")
     return float(metrics[metric])
-
-
-__all__ = ["score_of"]

@@ -318,6 +318,3 @@ def peak_resident_memory() -> int:
         return 0
     # ru_maxrss is in KiB, on macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-__all__ = ["BF16_PEAKS", "MeasuredTrainer", "ModelFlops", "Throughput", "peak_resident_memory"]

@@ -94,6 +94,3 @@ class AverageWeights(TrainerCallback):
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.average.load(Path(state.best_model_checkpoint), self.trainer.model)
         self.average.copy_to(self.trainer.model)
-
-
-__all__ = ["AverageWeights", "WeightAverage"]

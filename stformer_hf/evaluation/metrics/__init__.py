@@ -247,17 +247,3 @@ def load_metric(name: str, **kwargs) -> EvaluationModule:
     if name not in names:
         raise ValueError(f"Unknown metric {name!r}; available are {', '.join(names)}.")
     return evaluate.load(str(folder / name), **kwargs)
-
-
-__all__ = [
-    "balanced_class_weights",
-    "classification_metrics",
-    "compute_classification_metrics",
-    "compute_column_metrics",
-    "compute_phenotype_metrics",
-    "compute_regression_metrics",
-    "load_metric",
-    "masked_nll",
-    "preprocess_logits_for_metrics",
-    "preprocess_logits_with_nll",
-]

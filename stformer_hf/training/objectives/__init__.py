@@ -24,6 +24,3 @@ def check_objectives(objectives: Mapping[str, float] | None) -> dict[str, float]
     if not chosen:
         raise ValueError(f"No objective has a weight above 0; valid ones are {', '.join(OBJECTIVES)}.")
     return chosen
-
-
-__all__ = ["OBJECTIVES", "check_objectives"]

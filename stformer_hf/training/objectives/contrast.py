@@ -72,6 +72,3 @@ def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.
         return first.new_zeros(())
     residuals = first[:, None] - second - differences.mean()
     return info_nce(-residuals.square() / (2 * differences.var(correction=0).clamp(min=1e-6)), comparable)
-
-
-__all__ = ["cells_with_negatives", "comparable_cells", "contrast_loss", "contrast_of_totals", "info_nce"]

@@ -41,6 +41,3 @@ def cross_correlation_loss(states: torch.Tensor, usable: torch.Tensor) -> torch.
 def _standardised(values: torch.Tensor) -> torch.Tensor:
     centred = values - values.mean(0)
     return centred / (centred.square().mean(0) + _EPSILON).sqrt()
-
-
-__all__ = ["OFF_DIAGONAL", "cross_correlation_loss"]

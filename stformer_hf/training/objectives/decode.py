@@ -93,6 +93,3 @@ def decode_loss(
     more = nb_log_likelihood(counts, log_means[rows, genes], log_dispersion[genes]) - of_zero[rows, genes]
     log_likelihood = log_likelihood.index_add(0, rows, more)
     return -(log_likelihood[scored] / totals[scored]).mean(), scored.sum()
-
-
-__all__ = ["add_decoder", "decode_loss"]

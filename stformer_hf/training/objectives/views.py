@@ -229,6 +229,3 @@ def _file_starts(path: Path) -> np.ndarray:
             "batch_key, a categorical obs column of the batches."
         )
     return np.cumsum(sizes, dtype=np.int64)[:-1]
-
-
-__all__ = ["OF_PAIRS", "VIEWS", "ViewCollator", "first_panel", "sources_of", "thin"]

@@ -52,6 +52,3 @@ def total_r2(states: torch.Tensor, totals: torch.Tensor) -> float:
         residuals = (centred - u @ (shrunk * (u.T @ centred))) / (1 - leverages).clamp(min=1e-12)
         found.append(float(1 - residuals.square().sum() / of_others))
     return max(found)
-
-
-__all__ = ["effective_rank", "total_r2"]

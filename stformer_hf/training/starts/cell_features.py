@@ -209,6 +209,3 @@ def run_cells(
             states = forward({name: value.to(device) for name, value in batch.items()})
             found.append(states.cpu().double().numpy())
     return np.concatenate(found)
-
-
-__all__ = ["CellFeatures", "ViewFeatures", "cell_states", "run_cells", "scaled", "stack", "unfitted"]

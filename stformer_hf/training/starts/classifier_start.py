@@ -319,6 +319,3 @@ def _write(
     temperatures = [1.0 if start is None else float(start.choice.temperature) for start in found]
     config.reader_weights = [float(weight) for pair in weights for weight in pair]
     config.temperature = temperatures if config.label_columns else temperatures[0]
-
-
-__all__ = ["ClassifierStart", "start_classifier"]

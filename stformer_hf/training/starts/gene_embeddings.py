@@ -149,6 +149,3 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-__all__ = ["load_gene_embeddings"]

@@ -56,6 +56,3 @@ def labelled_cells(config: PreTrainedConfig, labels: np.ndarray, balanced: bool 
         problem = Problem(config.problem_type, config.label_columns[column.name], balanced)
         found.append(LabelledCells(column.name, column.outputs, problem, rows, of_column[rows]))
     return found
-
-
-__all__ = ["LabelledCells", "labelled_cells"]

@@ -377,16 +377,3 @@ def choose_readers(
         rows=rows,
         distances=None if distances is None else mean_of_cells(distances[counts]).astype(np.float32),
     )
-
-
-__all__ = [
-    "FoldFeatures",
-    "Linear",
-    "Problem",
-    "ReaderChoice",
-    "centroids",
-    "choose_readers",
-    "fit_temperature",
-    "inner_folds",
-    "quick_fits",
-]

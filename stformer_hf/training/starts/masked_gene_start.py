@@ -206,6 +206,3 @@ def _gene_axes(cells: sparse.csr_matrix, seed: int) -> np.ndarray:
     signal = np.maximum(1 - (1 / n_genes).mean() / values.clip(1e-12), 0)
     axes = (vectors * np.sqrt(signal)[:, None] / np.sqrt(frequency)).T[:, signal > 0]
     return (axes if axes.shape[1] else np.zeros((cells.shape[1], 1))).astype(np.float32)
-
-
-__all__ = ["start_mlm_bias", "start_rank_model"]

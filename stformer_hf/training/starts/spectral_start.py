@@ -163,6 +163,3 @@ def _batches(cells: CellStore | AnnData, key: str) -> np.ndarray:
     if (codes < 0).any():
         raise ValueError(f"{(codes < 0).sum()} cells have no {key!r}: remove them, or fill it in.")
     return codes
-
-
-__all__ = ["N_COMPONENTS", "cell_embedding_of", "count_blocks", "fit_views", "initialise_from_store", "set_views"]

@@ -261,6 +261,3 @@ def _leading(covariance: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     values, vectors = values[order], vectors[:, order]
     signs = np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(k)])
     return np.maximum(values, 0), vectors * np.where(signs == 0, 1, signs)
-
-
-__all__ = ["SpectralViews", "fit_spectral_views", "pearson_residuals"]
