@@ -65,6 +65,7 @@ SETS = {
     "ifnb": "interferon, of pbmc_ifnb",
     "geact": "fetal tissues",
     "geact_plates": "fetal tissues, whole plates held out",
+    "interaction": "simulated: one of two programmes is on, or both or none",
 }
 BASELINES = ("lr", "pca50_lr")
 TRIALS = ("trial_k30", "trial_k50")
@@ -446,6 +447,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "scale_workers_2026-11-29": scale_workers,
     "scale_codecs_2026-11-29": scale_codecs,
     "quality_2026-11-29": quality_all_labels,
+    "quality_interaction_2026-11-29": quality_all_labels,
     "quality_2026-11-29 short": quality_short,
     "quality_2026-11-29 few": quality_few_labels,
     "quality_2026-11-29 others": quality_other_models,
@@ -479,7 +481,7 @@ def fill(text: str) -> str:
         )
 
     text = re.sub(r"<!-- table: (?P<name>.+?) -->.*?<!-- end of table -->", table, text, flags=re.DOTALL)
-    return re.sub(r"[+-]?\.\d+<!-- (?P<file>quality_\S+) (?P<of>.+?) -->", figure, text)
+    return re.sub(r"[+-]?1?\.\d+<!-- (?P<file>quality_\S+) (?P<of>.+?) -->", figure, text)
 
 
 def main() -> int:
