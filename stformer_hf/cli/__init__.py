@@ -45,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: stformer-hf COMMAND [options]      (stformer-hf COMMAND --help lists the options)\n")
         print("\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items()))
         print("\nEach command takes --config (a YAML file or a recipe; flags override it) and --debug (tracebacks).")
+        print("In the names of flags, hyphens and underscores are the same.")
         return 0
     if argv[0] == "--version":
         print(__version__)
