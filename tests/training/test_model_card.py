@@ -1,5 +1,6 @@
 """Cards: what the program knows is in them; metadata the Hub reads; names from data make no Markdown; edits stay."""
 
+import json
 import math
 import os
 import re
@@ -337,7 +338,7 @@ def test_an_odd_text_is_shown_as_it_is(cells, genes, tmp_path):
     assert shown[0] == text  # the title
     assert shown.count(text) >= 4  # a source and where its counts are, a setting and its value
     assert f"From its authors: {text}" in shown
-    assert f"from_pretrained({text!r})" in path.read_text()
+    assert f"from_pretrained({json.dumps(text)})" in path.read_text()
 
 
 def test_a_class_with_a_comma_is_in_quotes(genes, tmp_path):
