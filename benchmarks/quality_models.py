@@ -147,12 +147,13 @@ def _annotate(test: AnnData, model) -> np.ndarray:
 def _classify_by_reference(train: AnnData, test: AnnData, seed: int) -> np.ndarray:
     import stformer_hf
     from stformer_hf.cli import finetune
+    from stformer_hf.training.defaults import FINETUNING
 
     with tempfile.TemporaryDirectory() as folder:
         data, output = f"{folder}/train.h5ad", f"{folder}/model"
         train.write_h5ad(data)
         args = finetune.FinetuneArguments(data=[data], label_key=[LABEL], output=output, whole_cell=False, **REFERENCE)
-        finetune.run(args, {**finetune.FINETUNING, **REFERENCE_STEPS, "seed": seed})
+        finetune.run(args, {**FINETUNING, **REFERENCE_STEPS, "seed": seed})
         test = test.copy()
         stformer_hf.annotate(test, output)
     return test.obs["stformer_label"].astype(str).to_numpy()

@@ -2,8 +2,10 @@
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -128,6 +130,41 @@ def test_files_of_a_checkpoint_import_only_what_a_checkpoint_may():
         for name in imports(path):
             sibling = name[0] == "stformer_hf" and name[1:3] == ("models", path.parent.name)
             assert sibling or name[0] in MODEL_FILES_MAY_IMPORT, f"{path} imports {'.'.join(name)}"
+
+
+# Modules whose package has another name in pyproject.toml, or comes with one that is declared there.
+COMES_WITH = {
+    "aiohttp": "fsspec[http]",
+    "igraph": "scanpy[leiden]",
+    "mpl_toolkits": "matplotlib",
+    "sqlalchemy": "optuna",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+    "faiss": "faiss-cpu",
+    "scvi": "scvi-tools",
+}
+
+
+def test_what_is_imported_is_declared():
+    """Also in functions; imports for type checkers alone are those of objects that users bring."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lists = [project["dependencies"], *(extras[name] for name in extras.keys() - {"bench", "docs", "dev"})]
+    declared = {re.split("[<>=;~! ]", one)[0] for of in lists for one in of}
+    declared |= {name.partition("[")[0] for name in declared}
+    for path in PACKAGE.rglob("*.py"):
+        for_checkers = {inner for node in nodes(path) if _is_for_checkers(node) for inner in ast.walk(node)}
+        for node in set(nodes(path)) - for_checkers:
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                found = [node.module or ""]
+            for name in {name.partition(".")[0] for name in found} - sys.stdlib_module_names:
+                known = {COMES_WITH.get(name, name), name.replace("_", "-")} & declared
+                assert known, f"{path}:{node.lineno} imports {name}, which is not declared"
+
+
+def _is_for_checkers(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def test_only_the_resolver_reads_names_in_var():

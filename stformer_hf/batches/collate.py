@@ -85,11 +85,13 @@ class CellCollator(ABC):
         other._epoch = torch.zeros_like(self._epoch)
         return other
 
-    def _uniforms(self, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None) -> np.ndarray:
+    def _uniforms(
+        self, stream: int, cell_ids: np.ndarray, counters: Any = 0, cells: np.ndarray | None = None
+    ) -> np.ndarray:
         return uniforms(self.seed, self.epoch, stream, cell_ids, counters, cells)
 
     def _happens(
-        self, share: float, stream: int, cell_ids: np.ndarray, counters=0, cells: np.ndarray | None = None
+        self, share: float, stream: int, cell_ids: np.ndarray, counters: Any = 0, cells: np.ndarray | None = None
     ) -> np.ndarray:
         return happens(share, self.seed, self.epoch, stream, cell_ids, counters, cells)
 

@@ -218,7 +218,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         return self._measured[1]
 
     def _mask_genes(
-        self, tokens, cell_ids, all_genes_known: bool, measured: np.ndarray | None
+        self, tokens: TokenizedCells, cell_ids: np.ndarray, all_genes_known: bool, measured: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Mask genes in place, and swap some; return their positions and labels."""
         tokenizer, types = self.tokenizer, tokens.token_type_ids

@@ -127,7 +127,7 @@ class IterableAnnDataset(IterableDataset):
     def __init__(
         self,
         filenames: AnnData | CellStore | str | Path | Iterable[AnnData | CellStore | str | Path],
-        tokenizer=None,
+        tokenizer: Any = None,
         *,
         obs: Sequence[str] | str | None = None,
         categories: Mapping[str, list[str]] | None = None,

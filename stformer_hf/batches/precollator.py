@@ -115,7 +115,7 @@ class STFormerPreCollator:
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchEncoding:
         """Pad, and truncate, to one length.
 
@@ -187,7 +187,7 @@ class STFormerPreCollator:
         """Return 1 for `<pad>`, `<mask>`, `<cls>`, `<eos>` and `<sep>`, else 0."""
         return [int(i in self.all_special_ids) for i in [*token_ids_0, *(token_ids_1 or [])]]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> tuple[str]:
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> tuple[str]:
         """Write the vocabulary as `token_dictionary.json` (`Trainer` calls this for each checkpoint)."""
         path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)

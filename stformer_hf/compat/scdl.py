@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -27,7 +27,7 @@ class NeighborSamplingStrategy(StrEnum):
     FIRST = "first"
 
     @classmethod
-    def _missing_(cls, value: object):
+    def _missing_(cls, value: object) -> NoReturn:
         raise ValueError(f"neighbor_sampling_strategy={value!r}: use one of {', '.join(map(repr, map(str, cls)))}.")
 
 
@@ -321,7 +321,7 @@ class SingleCellMemMapDataset(Dataset):
         known = {"obs_feature_id": obs.index.to_series(), **{name: obs[name] for name in obs}}
         return [values.iloc[number] for values in _choose(known, list(obs) if names is None else names, "cell")]
 
-    def get_row_padded(self, index: int, *args, **kwargs) -> tuple:
+    def get_row_padded(self, index: int, *args: Any, **kwargs: Any) -> tuple:
         """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; as `get_row`."""
         row, *features = self.get_row(index, *args, **kwargs)
         return self._padded(*row), *features
@@ -368,7 +368,7 @@ class SingleCellMemMapDataset(Dataset):
 
     # ------------------------------------------------------------------ neighbours
 
-    def get_row_with_neighbor(self, index: int, *args, **kwargs) -> dict[str, Any]:
+    def get_row_with_neighbor(self, index: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a cell and one of its neighbours, chosen by `sample_neighbor_index`; arguments of `get_row`.
 
         Returns
@@ -398,7 +398,7 @@ class SingleCellMemMapDataset(Dataset):
             "obs_features": of_cell[0] if of_cell else None,
         }
 
-    def get_row_padded_with_neighbor(self, index: int, *args, **kwargs) -> dict[str, Any]:
+    def get_row_padded_with_neighbor(self, index: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read as `get_row_with_neighbor`, but including zeros: cells are arrays (n_variables,)."""
         cells = self.get_row_with_neighbor(index, *args, **kwargs)
         padded = {name: self._padded(*cells[name]) for name in ("current_cell", "next_cell")}

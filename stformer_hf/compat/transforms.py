@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models.gene_bert.heads import IGNORE
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 
 
 class Transform(ABC):

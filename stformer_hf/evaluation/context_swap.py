@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..batches.collate import IGNORE, CellCollator, read_tokens
+from ..batches.collate import CellCollator, read_tokens
 from ..batches.evaluating import evaluating
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from .gene_baselines import masked_genes, open_rows, read_rows
 from .metrics import masked_nll
 

@@ -10,10 +10,11 @@ import numpy as np
 from scipy.ndimage import convolve1d
 from tqdm.auto import tqdm
 
-from ..batches.collate import IGNORE, CellCollator, read_tokens
+from ..batches.collate import CellCollator, read_tokens
 from ..batches.empty_cells import without_empty_cells
 from ..batches.parts import as_token_rows
 from ..models.gene_bert.cell_counts import is_cell_batch, pad_ragged
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..store.cell_batch import as_cell_batch
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -195,7 +196,7 @@ def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
     return [columns[name] for name in names if name in columns]
 
 
-def _find_ids(frame: pd.DataFrame, name: str, seen: str):
+def _find_ids(frame: pd.DataFrame, name: str, seen: str) -> Any:
     others = []
     for column in _usual(frame, ID_COLUMNS):
         names = _names(frame[column])
@@ -210,7 +211,7 @@ def _find_ids(frame: pd.DataFrame, name: str, seen: str):
     )
 
 
-def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
+def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id: Any) -> Any:
     for column in _usual(frame, SYMBOL_COLUMNS):
         names = _names(frame[column])
         if column != gene_id and not are_ids(names[names != ""]).all():  # some genes have their id as symbol
@@ -221,7 +222,7 @@ def _find_symbols(frame: pd.DataFrame, name: str, seen: str, gene_id):
     )
 
 
-def _unite_rows(ids, symbols, others: pd.DataFrame, name: str) -> pd.DataFrame:
+def _unite_rows(ids: Iterable[str], symbols: Iterable[str], others: pd.DataFrame, name: str) -> pd.DataFrame:
     """Return the frame of a `GeneTable`: ids without version, each pair of id and symbol once."""
     # GENCODE marks the second copy of a gene that is on both X and Y.
     ids = strip_versions(np.array([gene.removesuffix("_PAR_Y") for gene in ids], dtype=object))

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -333,7 +334,7 @@ class GeneStatistics:
 # ---------------------------------------------------------------------- checks of counts and files
 
 
-def _clean(counts, columns: np.ndarray | None, n_genes: int) -> sparse.csr_array:
+def _clean(counts: Any, columns: np.ndarray | None, n_genes: int) -> sparse.csr_array:
     """Check counts; sum repeated entries, drop zeros and empty cells, and map columns to genes."""
     counts = sparse.csr_array(counts)
     if counts.ndim != 2 or counts.dtype.kind not in "buif":

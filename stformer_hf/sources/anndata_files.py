@@ -140,7 +140,7 @@ def open_hdf5(path: Path) -> h5py.File:
         raise ValueError(f"{path} is not a readable HDF5 file, or is truncated: {error}.{hint}") from error
 
 
-def _open_zarr(path: Path):
+def _open_zarr(path: Path) -> Any:
     import zarr
 
     if path.is_dir():
@@ -258,7 +258,7 @@ def _legacy_layers(handle: FileHandle) -> list[Layer]:
     return found
 
 
-def _is_null(node) -> bool:
+def _is_null(node: Any) -> bool:
     return node.attrs.get("encoding-type") == "null" or getattr(node, "shape", ()) is None
 
 

@@ -114,7 +114,7 @@ class Matrix(ABC):
 class MemoryMatrix(Matrix):
     """A matrix in memory, dense or sparse."""
 
-    def __init__(self, values):
+    def __init__(self, values: Any):
         self.shape = tuple(values.shape)
         # A view of an AnnData's matrix would be pickled with its parent.
         self._values = sparse.csr_matrix(values) if sparse.issparse(values) else _native(np.asarray(values))

@@ -258,7 +258,7 @@ class ClassCode(int):
         self.names = names
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[int, Sequence[str]]]:
         return ClassCode, (int(self), self.names)
 
     @property

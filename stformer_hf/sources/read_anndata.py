@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -194,7 +194,7 @@ def add_coordinates(table: AnnData, read: Callable[[], SpatialData], name: str) 
     table.obsm["spatial"] = coordinates
 
 
-def _centroids(elements: SpatialData, region: str, instances, name: str) -> np.ndarray:
+def _centroids(elements: SpatialData, region: str, instances: Any, name: str) -> np.ndarray:
     """Return the centroids of some instances of an element, float64 (n, 2 or 3)."""
     spatialdata = _import_spatialdata()
     if region not in elements:
@@ -222,7 +222,7 @@ def _centroids(elements: SpatialData, region: str, instances, name: str) -> np.n
     return centroids[axes].to_numpy(np.float64)[found]
 
 
-def _import_spatialdata():
+def _import_spatialdata() -> Any:
     try:
         import spatialdata
         import spatialdata.transformations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 
@@ -55,12 +55,13 @@ class Format:
 
 
 FORMATS: list[Format] = []
+Reader = TypeVar("Reader", bound=Callable[..., Any])
 
 
-def reads(name: str, matches: Callable[[Path], bool], remote: bool = False):
+def reads(name: str, matches: Callable[[Path], bool], remote: bool = False) -> Callable[[Reader], Reader]:
     """Register the decorated function as the reader of a format."""
 
-    def register(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def register(read: Reader) -> Reader:
         FORMATS.append(Format(name, matches, read, remote))
         return read
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..batches.collate import IGNORE
 from ..batches.parts import as_selection, bases
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..training.cell_trainer import CellTrainer
 from ..training.loss_trainer import filling_cells
 from .center_mask_sampler import CenterMaskSampler
@@ -53,7 +53,7 @@ class NeighborhoodTrainer(CellTrainer):
         *,
         baselines: bool = False,
         data_collator: Callable | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         train_dataset = as_selection(train_dataset)
         if baselines:
@@ -75,7 +75,7 @@ class NeighborhoodTrainer(CellTrainer):
         descriptions = "; ".join(sampler.description for sampler in bases(self.train_dataset))
         return {**super()._order(), "neighbourhoods": descriptions}
 
-    def _get_num_items_in_batch(self, batch_samples, device):
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Count the items as Trainer does; they are the masked cells, without those that fill up a batch."""
         masks = [batch.get("loss_mask", torch.ones_like(batch["masked_cell_type"])) for batch in batch_samples]
         return super()._get_num_items_in_batch(
@@ -86,7 +86,9 @@ class NeighborhoodTrainer(CellTrainer):
         rows = filling_cells(self.accelerator, len(inputs["masked_cell_type"]))
         return inputs if rows is None else {**inputs, "loss_mask": ~rows.to(self.args.device)}
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Compute the loss as Trainer does, and keep Pearson's r of masked cells during an evaluation."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
@@ -94,7 +96,7 @@ class NeighborhoodTrainer(CellTrainer):
             self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are requested."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

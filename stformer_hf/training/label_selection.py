@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..genes.wrong_names import must_have, some_of, warn_of_missing
-from ..models.gene_bert.heads import IGNORE
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..store.cell_store import CellStore
 
 logger = logging.getLogger(__name__)

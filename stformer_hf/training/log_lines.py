@@ -13,9 +13,9 @@ logger = logging.getLogger(__name__)
 
 _SHARES = ("share", "accuracy", "f1", "mfu")
 # Numbers that nobody looks at while a run is going on; they stay in trainer_state.json and the reports.
-_LEFT_OUT = ("total_flos", "grad_norm", "epoch", "peak_memory_gb")
+_LEFT_OUT = ("total_flos", "grad_norm", "epoch")
 _SHORT = 20  # seconds: a shorter wait needs no line
-_LEFT_OUT_ENDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time")
+_LEFT_OUT_ENDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "peak_memory_gb")
 
 
 class LogLines(ProgressCallback):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from ..batches.collate import IGNORE
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from .argument_checks import smoothing_field
 from .throughput import MeasuredTrainer
 

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
-from ..batches.collate import IGNORE
 from ..batches.samplers import SameSourceSampler
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.heads import pool
 from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer

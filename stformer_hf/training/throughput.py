@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..batches.collate import IGNORE
+from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification, GeneBertForPhenotypicMLM
 
 # Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name returns. From

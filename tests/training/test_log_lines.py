@@ -41,3 +41,7 @@ def test_the_bar_writes_the_same_line_and_other_processes_write_none(capsys):
     assert f"step 2/2 | {' | '.join(describe_logs(LOGS))}" in capsys.readouterr().out
     callback.on_log(args, TrainerState(is_world_process_zero=False), control, logs=LOGS)
     assert capsys.readouterr().out == ""
+
+
+def test_what_nobody_looks_at_is_left_out_also_at_the_end_of_a_run():
+    assert describe_logs({"peak_memory_gb": 0.8, "train_peak_memory_gb": 0.8, "train_loss": 1.5}) == ["train loss 1.5"]

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from ...models.gene_bert.heads import IGNORE
+from ...models.gene_bert.configuration_gene_bert import IGNORE
 
 if TYPE_CHECKING:
     from evaluate import EvaluationModule

@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import capture_outputs
 
 from .cell_decoder import CellDecoder
-from .configuration_gene_bert import GeneBertConfig
+from .configuration_gene_bert import IGNORE, GeneBertConfig
 from .encoder_layers import (
     GeneBertAttention,
     GeneBertLayer,
@@ -44,7 +44,6 @@ from .encoder_layers import (
     rotary_angles,
 )
 from .heads import (
-    IGNORE,
     GeneBertMLMHead,
     PreClassifier,
     classification_loss,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedConfig
 
-from ...models.gene_bert.heads import IGNORE, label_columns_of
+from ...models.gene_bert.configuration_gene_bert import IGNORE
+from ...models.gene_bert.heads import label_columns_of
 from .linear_readers import Problem
 
 
