@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from scipy import sparse
@@ -87,7 +87,7 @@ def classification_baselines(
     }
 
 
-def _blocks(store: CellStore, rows: np.ndarray):
+def _blocks(store: CellStore, rows: np.ndarray) -> Iterator[sparse.csr_array]:
     """Read log-normalised cells in blocks of some thousands."""
     for start in range(0, len(rows), _ROWS_PER_BLOCK):
         yield log_normalise(store.rows(rows[start : start + _ROWS_PER_BLOCK]))

@@ -124,7 +124,9 @@ def _own_and_swapped(examples: Any, collator: CellCollator, swap: Callable) -> t
     return own, swapped
 
 
-def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
+def _swap_ranks(
+    own: dict, found: Any, tokens: Any, partner: np.ndarray, tokenizer: Any
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """Put the partner's genes at the ranks that both have; a segment is the cell's genes, or its neighbourhood's.
 
     Return the batch in the other context, and which tokens are attended to and scored, bool arrays (n, length).
@@ -163,7 +165,9 @@ def _swap_ranks(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
     return swapped, attended, scored
 
 
-def _swap_bins(own: dict, found, tokens, partner: np.ndarray, tokenizer: Any):
+def _swap_bins(
+    own: dict, found: Any, tokens: Any, partner: np.ndarray, tokenizer: Any
+) -> tuple[dict, np.ndarray, np.ndarray]:
     """Replace the bins of visible genes by the partner's; return values are those of `_swap_ranks`."""
     n_types = tokenizer.type_vocab_size
     is_gene = np.flatnonzero(tokenizer.get_gene_tokens_mask(tokens.input_ids))

@@ -369,7 +369,7 @@ def _make_rows(
             yield Row(BASELINES[name], embedding, embedding)
 
 
-def _import_scvi():
+def _import_scvi() -> Any:
     try:
         import scvi
     except ImportError as error:

@@ -144,7 +144,7 @@ def best_of(table: pd.DataFrame, direction: str) -> pd.Series:
 class _StepBar(LogLines):
     """Progress bar of steps, without lines of metrics."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, *_: Any, **__: Any) -> None:
         """Write nothing."""
 
 
@@ -158,7 +158,7 @@ def _tell(
 # ---------------------------------------------------------------------- optuna
 
 
-def _with_optuna(trainer, space, output, *settings) -> pd.DataFrame:
+def _with_optuna(trainer: CellTrainer, space: SearchSpace, output: Path, *settings: Any) -> pd.DataFrame:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
@@ -172,7 +172,16 @@ def _with_optuna(trainer, space, output, *settings) -> pd.DataFrame:
 
 
 def _continue_study(
-    trainer, space, path, storage, trials, metric, direction, pruner, sampler_seed, settings
+    trainer: Any,
+    space: SearchSpace,
+    path: Path,
+    storage: Any,
+    trials: int,
+    metric: str,
+    direction: Any,
+    pruner: str,
+    sampler_seed: int,
+    settings: Mapping[str, Any],
 ) -> pd.DataFrame:
     import optuna
 
@@ -184,7 +193,7 @@ def _continue_study(
         study.tell(trial.number, state=state.FAIL)
     train = trainer.train
 
-    def train_or_prune(*args, trial, **kwargs):
+    def train_or_prune(*args: Any, trial: Any, **kwargs: Any) -> Any:
         try:
             return train(*args, trial=trial, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -231,7 +240,7 @@ def _continue_study(
     return _table(_rows(study), space)
 
 
-def _storage(path: Path):
+def _storage(path: Path) -> Any:
     import optuna
     import sqlalchemy
 
@@ -241,7 +250,7 @@ def _storage(path: Path):
         raise ValueError(f"{path} is not a study of optuna: {error}") from error
 
 
-def _check_settings(study, path: Path, wanted: dict[str, Any]) -> None:
+def _check_settings(study: Any, path: Path, wanted: dict[str, Any]) -> None:
     """Write the settings into a new study; an older one must have the same."""
     wanted = json.loads(json.dumps(wanted))
     if not study.trials:
@@ -256,11 +265,11 @@ def _check_settings(study, path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _finished(study) -> list:
+def _finished(study: Any) -> list:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
-def _pruner(name: str):
+def _pruner(name: str) -> Any:
     import optuna
 
     if name == "median":
@@ -268,14 +277,14 @@ def _pruner(name: str):
     return optuna.pruners.HyperbandPruner() if name == "hyperband" else optuna.pruners.NopPruner()
 
 
-def _reason(trial) -> str | None:
+def _reason(trial: Any) -> str | None:
     reason = trial.user_attrs.get("reason")
     if reason is None and trial.state.name != "COMPLETE" and trial.last_step is not None:
         reason = f"at step {trial.last_step} with {trial.intermediate_values[trial.last_step]:.4f}"
     return reason
 
 
-def _rows(study) -> list[dict[str, Any]]:
+def _rows(study: Any) -> list[dict[str, Any]]:
     return [
         {
             "trial": number,
@@ -298,7 +307,17 @@ def _table(rows: list[dict[str, Any]], space: SearchSpace) -> pd.DataFrame:
 # ---------------------------------------------------------------------- ray
 
 
-def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampler_seed, settings) -> pd.DataFrame:
+def _with_ray(
+    trainer: CellTrainer,
+    space: SearchSpace,
+    output: Path,
+    n_trials: int,
+    metric: str,
+    direction: str,
+    pruner: str,
+    sampler_seed: int,
+    settings: Mapping[str, Any],
+) -> pd.DataFrame:
     import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule
@@ -314,13 +333,13 @@ def _with_ray(trainer, space, output, n_trials, metric, direction, pruner, sampl
     ended: list[tuple[Any, str]] = []
 
     class Lines(tune.Callback):
-        def on_trial_complete(self, iteration, trials, trial, **info):
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self._tell(trial, "COMPLETE")
 
-        def on_trial_error(self, iteration, trials, trial, **info):
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             self._tell(trial, "FAILED")  # the reason is set after this
 
-        def _tell(self, trial, state):
+        def _tell(self, trial: Any, state: str) -> None:
             ended.append((trial, state))
             scores = [one.last_result["objective"] for one, state in ended if state == "COMPLETE"]
             outcome = f"{scores[-1]:.4f}" if state == "COMPLETE" else "failed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,7 +80,7 @@ def _within(score: np.ndarray, direction: str) -> tuple[np.ndarray, np.ndarray]:
     return np.where(edge, sign * limit, score), edge
 
 
-def _scatter(axes, x: np.ndarray, score: np.ndarray, complete: np.ndarray, edge: np.ndarray) -> None:
+def _scatter(axes: Any, x: np.ndarray, score: np.ndarray, complete: np.ndarray, edge: np.ndarray) -> None:
     for which, marker, face, colour, label in (
         (complete & ~edge, "o", _DONE, _DONE, "complete"),
         (~complete & ~edge, "o", "none", _PRUNED, "pruned"),

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -47,7 +48,7 @@ class BlockCache:
         self._total: int | None = None  # bytes in the folder when it was last looked at
         self._unseen = 0  # bytes that this process has added since then
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return BlockCache, (self.folder, self.limit)
 
     def read(self, key: str, start: int, stop: int) -> bytes | memoryview | None:

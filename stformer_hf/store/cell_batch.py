@@ -102,7 +102,7 @@ class CellBatch:
             "tokenizer's collator, such as DataCollatorForPhenotypicMLM(tokenizer)."
         )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.path is None:
             return CellBatch, tuple(getattr(self, field.name) for field in fields(self))
         # Names of genes and categories are the same in every batch, and larger than the cells: the process that

@@ -25,7 +25,7 @@ from .row_numbers import check_mask, row_numbers
 from .shards import checksum
 
 if TYPE_CHECKING:
-    from datasets import Features
+    from datasets import Dataset, Features
 
 
 class StoreReader:
@@ -126,7 +126,7 @@ class StoreReader:
         return obs if self._index is None else obs.iloc[self._index]
 
     @cached_property
-    def dataset(self):
+    def dataset(self) -> Dataset:
         """The store as a `datasets.Dataset`, memory-mapped."""
         from datasets import load_from_disk
 
@@ -161,7 +161,7 @@ class StoreReader:
 
     # ------------------------------------------------------------------ reading
 
-    def rows(self, index) -> sparse.csr_array:
+    def rows(self, index: Any) -> sparse.csr_array:
         """Read the counts of cells.
 
         Parameters
@@ -181,7 +181,7 @@ class StoreReader:
         """
         return _csr(*self._gather(self._row_numbers(index)), len(self.genes))
 
-    def neighbors(self, index) -> sparse.csr_array:
+    def neighbors(self, index: Any) -> sparse.csr_array:
         """Read the neighbours of cells.
 
         Parameters
@@ -261,7 +261,7 @@ class StoreReader:
         cells, numbers = np.divmod(pairs, max(len(self._rows), 1))
         return sum_groups(self._gather, cells.searchsorted(np.arange(len(rows) + 1)), numbers, len(self.genes))
 
-    def _row_numbers(self, index) -> np.ndarray:
+    def _row_numbers(self, index: Any) -> np.ndarray:
         """Convert an index, as `rows` takes it, to row numbers of the whole store."""
         check_mask(index, len(self), lambda: self.obs_names, "store.obs")
         rows = row_numbers(index, len(self), "store")
@@ -272,7 +272,7 @@ class StoreReader:
 
     # ------------------------------------------------------------------ selections
 
-    def select(self, index) -> Self:
+    def select(self, index: Any) -> Self:
         """Return a selection of cells, without copying them.
 
         Parameters
@@ -313,7 +313,7 @@ class StoreReader:
 
     # ------------------------------------------------------------------ files
 
-    def read_ahead(self, index) -> None:
+    def read_ahead(self, index: Any) -> None:
         """Ask the system to read rows from the disk, and return at once; does nothing for a remote store.
 
         Parameters

@@ -370,7 +370,7 @@ class RemoteFile:
     def __str__(self) -> str:
         return f"{self.folder}/{self.name}"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return RemoteFile, (self.folder, self.name)
 
     @property

@@ -24,7 +24,7 @@ def check_mask(index: Any, n_rows: int, names: Callable[[], Any], table: str) ->
         )
 
 
-def row_numbers(index, n_rows: int, of: str) -> np.ndarray:
+def row_numbers(index: Any, n_rows: int, of: str) -> np.ndarray:
     """Convert an index to row numbers, int64 array (n,), or raise IndexError.
 
     It is an int, a slice, a sequence of int in any order, with repeats and negative ones, or a boolean mask; `of` is

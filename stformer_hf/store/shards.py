@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,9 @@ from ..sources.obs_columns import as_arrow
 from ..sources.open_source import AlignedCounts
 from ..sources.same_cells import describe, row_totals
 from . import compact_rows
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +64,7 @@ class RowFormat:
         """Return whether a shard, by its record, has these types."""
         return self.types.items() <= shard.items()
 
-    def features(self):
+    def features(self) -> Features:
         """Hugging Face features of the rows."""
         from datasets import ClassLabel, Features, List, Value
 
@@ -335,7 +338,7 @@ def told_when_full(folder: Path, what: str = "the store", call: str = "build") -
         ) from error
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(value, file, indent=1, ensure_ascii=False)

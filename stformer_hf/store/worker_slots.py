@@ -150,7 +150,7 @@ class _Lease:
         self._memory = memory
         self.__array_interface__ = memory.__array_interface__
 
-    def __del__(self):
+    def __del__(self) -> None:
         self._memory[0] = 0
 
 

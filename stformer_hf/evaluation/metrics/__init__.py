@@ -233,7 +233,7 @@ def _macro(true: np.ndarray, predicted: np.ndarray, ids: np.ndarray, prefix: str
 # ---------------------------------------------------------------------- modules of evaluate
 
 
-def load_metric(name: str, **kwargs) -> EvaluationModule:
+def load_metric(name: str, **kwargs: Any) -> EvaluationModule:
     """Load a metric of this package for the evaluate library, without network.
 
     `name` is "masked_genes" or "cell_classification", that of its folder (`evaluate.load` also takes the path of the

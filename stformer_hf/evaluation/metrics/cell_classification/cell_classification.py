@@ -1,5 +1,7 @@
 """Accuracy and macro precision, recall and F1 of classes of cells, for `evaluate.load`."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -23,7 +25,7 @@ Returns:
 class CellClassification(evaluate.Metric):
     """Accuracy and macro averages of a classification of cells."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
@@ -33,7 +35,7 @@ class CellClassification(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions, references, labels=None):
+    def _compute(self, predictions: Any, references: Any, labels: Any = None) -> dict[str, float]:
         references, predictions = np.asarray(references), np.asarray(predictions)
         names, labelled = ("accuracy", "macro_precision", "macro_recall", "macro_f1"), references != -100
         if not labelled.any():

@@ -1,5 +1,7 @@
 """Negative log likelihood and accuracy of masked genes, for `evaluate.load`."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
@@ -24,7 +26,7 @@ Returns:
 class MaskedGenes(evaluate.Metric):
     """Mean loss and accuracy of masked tokens."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         kinds = {"predictions": "int64", "references": "int64", "nll": "float64"}
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
@@ -36,7 +38,7 @@ class MaskedGenes(evaluate.Metric):
             ],
         )
 
-    def _compute(self, predictions, references, nll):
+    def _compute(self, predictions: Any, references: Any, nll: Any) -> dict[str, Any]:
         if len(references) and np.ndim(references[0]):  # rows, which may differ in length
             predictions, references, nll = (np.concatenate(rows) for rows in (predictions, references, nll))
         references = np.asarray(references)
