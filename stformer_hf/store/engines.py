@@ -85,7 +85,7 @@ def run_tasks(
     Exception
         While iterating: what a task raised.
     RuntimeError
-        While iterating: a local worker was killed.
+        While iterating: a local worker was killed, or none could start.
     """
     started = _on_ray(task, shared, workers, gpus) if engine == "ray" else _in_processes(task, shared, workers)
     with started as submit:
@@ -96,15 +96,12 @@ def run_tasks(
 
 def _as_completed(submit: _Submit, arguments: Iterable[Any], most: int, ahead: float) -> Iterator[tuple[int, Any]]:
     running: dict[Future, int] = {}
-    try:
-        for number, argument in enumerate(arguments):
-            while len(running) >= most or (running and number - min(running.values()) >= ahead):
-                yield from _finished(running)
-            running[submit(argument)] = number
-        while running:
+    for number, argument in enumerate(arguments):
+        while len(running) >= most or (running and number - min(running.values()) >= ahead):
             yield from _finished(running)
-    except BrokenProcessPool as error:
-        raise RuntimeError("A worker was killed, probably because memory ran out: use fewer workers.") from error
+        running[submit(argument)] = number
+    while running:
+        yield from _finished(running)
 
 
 def _finished(running: dict[Future, int]) -> Iterator[tuple[int, Any]]:
@@ -133,15 +130,29 @@ def _in_processes(task: Callable[[Any, Any], Any], shared: Any, workers: int) ->
         file = Path(folder, "shared")
         file.write_bytes(pickle.dumps(shared))
         # Not forked: threads of Arrow and torch do not survive a fork.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
+        started = Path(folder, "started")
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (started,))
         try:
             yield lambda argument: pool.submit(_call, task, file, argument)
+        except BrokenProcessPool as error:
+            if started.exists():
+                message = "A worker was killed, probably because memory ran out: use fewer workers."
+            else:
+                message = (
+                    "No worker could start. Workers import the script that starts them: put what it runs below "
+                    '`if __name__ == "__main__":`, in a file.'
+                )
+            raise RuntimeError(message) from error
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
-    """Make a worker end when its parent is killed; else it would write into the folder of the next build."""
+def _start(started: Path) -> None:
+    """Note that a worker has started, and make it end when its parent is killed.
+
+    Else it would write into the folder of the next build.
+    """
+    started.touch()
 
     def watch() -> None:
         parent = multiprocessing.parent_process()

@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +173,17 @@ def test_a_killed_local_worker_is_an_error_that_says_what_to_do(tmp_path):
         run_tasks(tasks.die_once, range(20), shared=tmp_path, workers=2) as results,
     ):
         list(results)
+
+
+def test_a_script_that_its_workers_run_again_is_an_error_that_says_so(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from operator import mul\nfrom stformer_hf.store.engines import run_tasks\n"
+        "with run_tasks(mul, range(4), shared=2, workers=2) as results:\n    list(results)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert "memory" not in done.stderr
+    assert re.search('RuntimeError: No worker could start.* below `if __name__ == "__main__":`', done.stderr)
 
 
 @pytest.mark.slow

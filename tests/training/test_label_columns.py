@@ -207,6 +207,26 @@ def test_training_is_chosen_by_all_columns_and_calibrated_for_each(partly, monke
     assert epochs == 0 and "the median class of level has 16 cells, fewer than 17" in facts["fine_tuning"]
 
 
+def test_training_is_calibrated_without_labels_in_the_folds_that_choose_it(cells, monkeypatch):
+    """A column with the labels of some donors keeps the temperature of its start if no fold tests it."""
+    cells, tried = cells.copy(), []
+    cells.obs["donor"] = pd.Categorical([f"d{i % 5}" for i in range(60)])
+
+    def outputs_of_epochs(prepared, labels, train, held_out, arguments):
+        tried.append(prepared.cells.obs["donor"].iloc[held_out[0]])
+        of_type = np.eye(2)[labels[held_out, 0]]
+        return np.stack([np.pad(of, [(0, 0), (0, 3)]) for of in (1 - of_type, of_type)])
+
+    monkeypatch.setattr(epoch_choice, "FEW_LABELS", 5)
+    monkeypatch.setattr(epoch_choice, "_outputs_of_epochs", outputs_of_epochs)
+    monkeypatch.setattr(CellTrainer, "train", lambda self, **_: None)
+    for n_untested in range(3):
+        cells.obs["some"] = cells.obs["level"].astype(object).mask(cells.obs["donor"].isin(tried[:n_untested]))
+        model = finetune(cells, ["cell_type", "some"], split_by="donor")
+        assert len(model.out_of_fold["some"].rows) == 12 * (2 - n_untested)
+        assert np.isfinite(model.config.temperature).all()
+
+
 def test_which_columns_are_classes(cells, tmp_path):
     cells = cells.copy()
     obs = cells.obs

@@ -169,7 +169,7 @@ class Problem:
         """Return for which of some labels (n, …) a class, or each value, is among known ones: bool array (n,)."""
         if self.kind == "regression":
             return np.ones(len(labels), bool)
-        columns = zip(known.reshape(len(known), -1).T, labels.reshape(len(labels), -1).T, strict=True)
+        columns = zip(np.atleast_2d(known.T), np.atleast_2d(labels.T), strict=True)
         return np.all([np.isin(of, of_known) for of_known, of in columns], axis=0)
 
     def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
@@ -249,11 +249,11 @@ def centroids(states: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def fit_temperature(problem: Problem, outputs: np.ndarray, labels: np.ndarray) -> float:
-    """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.25 and 8; 1 for regression.
+    """Fit the temperature with the lowest mean loss of out-of-fold outputs, between 0.25 and 8.
 
-    `outputs`, float (n, n_outputs), are those at a temperature of 1.
+    It is 1 for regression, and without cells. `outputs`, float (n, n_outputs), are those at a temperature of 1.
     """
-    if problem.kind == "regression":
+    if problem.kind == "regression" or not len(labels):
         return 1.0
     found = minimize_scalar(
         lambda log: float(problem.loss(outputs / np.exp(log), labels).mean()),

@@ -280,6 +280,10 @@ def test_numbers_of_multiple_labels_that_a_fold_lacks():
     assert Problem("multi_label_classification", 2).can_learn(known, labels).tolist() == [True, False, True]
     assert Problem("regression", 2).can_learn(known, labels).all()
     assert Problem(CLASSES, 3).can_learn(np.array([0, 2]), np.array([0, 1, 2])).tolist() == [True, False, True]
+    for some, shape in ((CLASSES, (0,)), ("multi_label_classification", (0, 2))):
+        nothing = np.empty(shape, np.int64)
+        assert Problem(some, 2).can_learn(nothing, nothing).shape == (0,)
+        assert fit_temperature(Problem(some, 2), np.empty((0, 2)), nothing) == 1
 
 
 def test_a_rotation_of_more_cells_gives_the_same_reader():
