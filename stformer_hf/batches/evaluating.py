@@ -41,4 +41,6 @@ def length_to_read(encoder: nn.Module, tokenizer: GeneTokenizer, *poolings: str)
     """
     if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
         return None
-    return int(tokenizer.add_cls) + int(tokenizer.add_eos) + len(tokenizer.included_phenotypes) + 1
+    n_special = tokenizer.add_cls + tokenizer.add_eos + (tokenizer.separator is not None)
+    n_genes = 1 + tokenizer.neighborhood  # one of the cell, and one of its neighbours
+    return n_special + len(tokenizer.included_phenotypes) + n_genes

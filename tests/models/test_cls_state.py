@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adata
+from scipy import sparse
 from torch import nn
 
 from stformer_hf import (
@@ -20,6 +21,7 @@ from stformer_hf import (
     embed,
     finetune,
 )
+from stformer_hf.batches.evaluating import length_to_read
 from stformer_hf.cli import main
 from stformer_hf.inference import annotate as annotate_module
 from stformer_hf.inference import embed as embed_module
@@ -143,6 +145,28 @@ def test_few_tokens_are_read_where_cls_alone_counts(cells, tokenizer, state, mon
     for few, every in zip(found[0][:3], found[1][:3], strict=True):
         np.testing.assert_allclose(few, every, atol=1e-6)
     assert [read for *_, read in found] == [{12} if state == "layers" else {3}, {12}]
+
+
+def test_the_fewest_tokens_have_all_parts_of_a_cell(cells, tokenizer, tmp_path, monkeypatch):
+    model = make(tokenizer, cls_state="fixed")
+    found = [length_to_read(model, tokenizer, *poolings) for poolings in (["cls"], ["cls", "mean"], ["mean"])]
+    assert found == [3, None, None]
+    genes = cells.var_names.tolist()
+    tokenizer = GeneTokenizer(genes, bin_edges=[0.5], whole_cell=True, phenotypes={"sex": ["m", "f"]}, max_length=12)
+    cells.obs["sex"] = ["m", "f"] * 20
+    assert length_to_read(make(tokenizer, cls_state="fixed"), tokenizer, "cls") == 4
+    tokenizer.included_phenotypes = []
+    assert length_to_read(make(tokenizer, cls_state="fixed"), tokenizer, "cls") == 3
+
+    cells.obsp["near"] = sparse.csr_matrix(np.eye(40, k=1) + np.eye(40, k=-1))
+    store = CellStore.build(tmp_path / "store", cells, neighbors="near", report=False).with_neighborhoods()
+    settings = {"scheme": "rank", "medians": dict.fromkeys(genes, 1.0), "neighborhood": True}
+    tokenizer = GeneTokenizer(genes, whole_cell=True, max_length=12, **settings)
+    model = make(tokenizer, GeneBertForClassification, cls_state="fixed", num_labels=3)
+    few = cell_states(model, tokenizer, store)
+    assert embed(store, model, tokenizer=tokenizer) is not None
+    monkeypatch.setattr(cell_features, "length_to_read", lambda *_: None)
+    np.testing.assert_array_equal(few, cell_states(model, tokenizer, store))
 
 
 class Quantised(torch.Tensor):
