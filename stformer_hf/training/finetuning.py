@@ -374,11 +374,10 @@ def _start(
     started = [column for column in columns if column.column in start]
     for column in started:
         choice = start[column.column].choice
-        prepared.facts |= {
-            "start": "linear models of [CLS] and of all genes, chosen by inner cross-validation",
-            column.named("reader_weights"): list(choice.weights),
-        }
+        prepared.facts.setdefault("start", "linear models of [CLS] and of all genes")
+        prepared.facts[column.named("reader_weights")] = list(choice.weights)
         if len(choice.rows):
+            prepared.facts["start"] = "linear models of [CLS] and of all genes, chosen by inner cross-validation"
             prepared.facts[column.named("inner_score_of_the_start")] = round(choice.score, 4)
     trained: dict[str | None, OutOfFold] | None = None
     if chooses_epochs:
@@ -429,7 +428,7 @@ def _check_classes_of_groups(column: LabelledCells, groups: np.ndarray, split_by
     table = pd.crosstab(column.labels, groups)
     alone = (table > 0).sum(axis=1) == 1
     which = "classes" if column.column is None else f"classes of {column.column!r}"
-    if len(alone) > 1 and alone.all():
+    if alone.all():
         raise ValueError(
             f"Each of the {len(alone)} {which} has cells of one {split_by!r} alone, so a cross-validation by "
             f"{split_by!r} cannot test any: leave out split_by."

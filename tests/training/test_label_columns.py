@@ -174,6 +174,20 @@ def test_a_fold_without_a_column_predicts_the_others(partly, tmp_path, monkeypat
     assert np.ptp(outputs[0, :, 0]) > 0.1
 
 
+def test_a_fold_starts_with_a_class_of_one_cell(cells, tmp_path, monkeypatch):
+    """The cell has no out-of-fold prediction, but its genes are rotated like those of the others."""
+    monkeypatch.setattr(epoch_choice, "MOST_EPOCHS", 1)
+    cells = cells.copy()
+    cells.obs["level"] = cells.obs["level"].astype(object).mask(np.arange(60) == 7, "own")
+    store = CellStore.build(tmp_path / "store", cells, obs=["level"], report=False).select(cells.X.sum(1).A1 > 0)
+    arguments = TrainingArguments(str(tmp_path / "m"), use_cpu=True, report_to="none")
+    prepared = prepare_classifier(store, "level", arguments, num_train_epochs=0)
+    assert len(prepared.start[None].out_of_fold.rows) == len(store) - 1
+    labels, (train, held_out) = store.obs["level"].cat.codes.to_numpy(np.int64), np.arange(58).reshape(2, 29)
+    outputs = epoch_choice._outputs_of_epochs(prepared, labels, train, held_out, arguments)
+    assert outputs.shape == (2, 29, 4) and np.isfinite(outputs).all()
+
+
 def test_training_is_chosen_by_all_columns_and_calibrated_for_each(partly, monkeypatch):
     rng, calls = np.random.default_rng(0), []
 
@@ -225,6 +239,9 @@ def test_training_is_calibrated_without_labels_in_the_folds_that_choose_it(cells
         model = finetune(cells, ["cell_type", "some"], split_by="donor")
         assert len(model.out_of_fold["some"].rows) == 12 * (2 - n_untested)
         assert np.isfinite(model.config.temperature).all()
+    own = cells.obs_names == cells.obs_names[cells.obs["donor"] == tried[0]][1]  # the only cell of a class
+    cells.obs["some"] = cells.obs["level"].astype(object).mask(own, "own")
+    assert len(finetune(cells, ["cell_type", "some"], split_by="donor").out_of_fold["some"].rows) == 23
 
 
 def test_which_columns_are_classes(cells, tmp_path):
@@ -245,13 +262,18 @@ def test_which_columns_are_classes(cells, tmp_path):
     assert (config.label_columns, config.id2label) == (None, {0: "B cell", 1: "T cell"})
 
 
-def test_columns_with_few_labels(cells):
+def test_columns_with_few_labels(cells, tmp_path):
     """One label per class, and folds of one cell."""
     cells = cells.copy()
     cells.obs["two"] = pd.Categorical(["u", "v"] + [None] * 58)
     cells.obs["three"] = pd.Categorical(["u", "v", "v"] + [None] * 57)
-    model = finetune(cells, ["cell_type", "two", "three"], num_train_epochs=0)
+    model = finetune(cells, ["cell_type", "two", "three"], num_train_epochs=0, output=tmp_path / "several")
     assert [len(of.rows) for of in model.out_of_fold.values()] == [59, 2, 0]
+    finetune(cells, "two", num_train_epochs=0, output=tmp_path / "one")
+    several, one = (json.loads((tmp_path / of / "fine_tuning.json").read_text()) for of in ("several", "one"))
+    assert "chosen by" in several["start"] and "three_inner_score_of_the_start" in several
+    assert "two_reader_weights" in several and "two_inner_score_of_the_start" not in several
+    assert one["start"] == "linear models of [CLS] and of all genes" and "inner_score_of_the_start" not in one
     annotated = cells.copy()
     annotate(annotated, model, reject=0.05)
     assert not (annotated.obs["stformer_two_label"] == "unknown").any()  # there is nothing to compare with
