@@ -125,6 +125,7 @@ def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None
     The totals (n,) are the sums of the counts by default.
     """
     values = sparse.csr_array(counts, dtype=np.float64, copy=True)
+    values.sum_duplicates()
     totals = values.sum(axis=1) if totals is None else totals
     values.data = np.log1p(1e4 * values.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(values.indptr)))
     return values

@@ -383,6 +383,22 @@ def test_every_flag_has_help(verb, monkeypatch):
         assert helps["held_out"].endswith("0 trains on all of them (default: %(default)s)")
 
 
+def test_help_shows_each_flag_once_after_the_required_ones(monkeypatch, capsys):
+    for columns in ("1", "40", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        with pytest.raises(SystemExit):
+            main(["finetune", "--help"])
+        usage, *lines = capsys.readouterr().out.splitlines()
+        required = "--data DATA [DATA ...] --label_key LABEL_KEY [LABEL_KEY ...] --output OUTPUT"
+        assert usage == f"usage: stformer-hf finetune {required} [options]"
+        flags = [line.strip() for line in lines if line.startswith("  --")]
+        assert len([flag for flag in flags if flag.startswith("--label_key, --label LABEL_KEY [LABEL_KEY ...]")]) == 1
+        assert not any("label-key" in line or "--no_" in line for line in lines)
+    with pytest.raises(SystemExit):
+        main(["finetune", "--label-key", "type"])
+    assert "required: --data, --output" in capsys.readouterr().err
+
+
 def test_help_and_version(capsys):
     assert main([]) == main(["--help"]) == main(["--version"]) == 0
     out = capsys.readouterr().out

@@ -23,6 +23,16 @@ def test_log_normalise_is_its_formula():
     counts = np.array([[1, 3, 0], [0, 0, 0], [0, 10, 10]])
     expected = np.log(1 + counts / np.array([[4], [1], [20]]) * 1e4)
     np.testing.assert_allclose(log_normalise(sparse.csr_matrix(counts)).toarray(), expected)
+    np.testing.assert_allclose(
+        log_normalise(counts, np.array([8, 1, 40])).toarray(), np.log(1 + np.expm1(expected) / 2)
+    )
+
+
+def test_log_normalise_of_repeated_and_stored_zeros():
+    """The entries of a sparse matrix at one place are parts of one count."""
+    counts = sparse.csr_array(([1.0, 2.0, 0.0, 0.0], [0, 0, 1, 2], [0, 3, 4]), shape=(2, 3))
+    np.testing.assert_allclose(log_normalise(counts).toarray(), [[np.log(1 + 1e4), 0, 0], [0, 0, 0]])
+    assert counts.nnz == 4
 
 
 def test_majority_and_logistic_regression(adata):
