@@ -126,6 +126,8 @@ def test_the_probability_is_that_of_annotate(cells):
     at = np.arange(len(cells))
     table = perturb(cells, model, [gene], tokenizer=tokenizer, n_null=0)
     np.testing.assert_allclose(table["probability"], [(after - before)[at, own].mean()], atol=1e-6)
+    states = [states_of(cells, model, tokenizer, counts) for counts in (cells.X, edit(cells, [1], "delete"))]
+    np.testing.assert_allclose(table["shift"], [1 - np.prod(states, axis=0).sum(axis=1).mean()], atol=1e-6)
     table = perturb(cells, model, [gene], tokenizer=tokenizer, n_null=0, predicted="other")
     np.testing.assert_allclose(table["probability"], [(after - before)[:, 2].mean()], atol=1e-6)
     assert table.columns[1] == "probability" and abs(table["probability"].iloc[0]) > 1e-5
