@@ -1,6 +1,7 @@
 """A class in each of several label columns: one model says what one per column says, and cells may lack labels."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,11 +21,13 @@ from stformer_hf import (
     initialise_from_store,
 )
 from stformer_hf.models.gene_bert.heads import IGNORE
-from stformer_hf.training import epoch_choice
+from stformer_hf.training import epoch_choice, finetuning
 from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import prepare_classifier
 from stformer_hf.training.label_fit import fit_head_to_labels
 from stformer_hf.training.prepared_classifier import SetTemperature
+from stformer_hf.training.starts.labelled_cells import LabelledCells
+from stformer_hf.training.starts.linear_readers import Problem
 from tests.conftest import make_adata
 
 COLUMNS = {"cell_type": slice(0, 2), "level": slice(2, 5)}  # and their outputs
@@ -327,3 +330,11 @@ def test_adapters_of_several_columns(cells, pretrained, tmp_path):
     pd.testing.assert_frame_equal(by_object.obs, by_name.obs, atol=1e-5)
     fields = json.loads((tmp_path / "a" / "model_config.json").read_text())
     assert fields["label_columns"] == {"cell_type": 2, "level": 3}
+
+
+def test_classes_of_one_donor_are_those_of_the_cells_with_a_label(caplog):
+    cells = SimpleNamespace(obs=pd.DataFrame({"donor": ["d0"] * 4 + ["d1"] * 4}))
+    problem = Problem("single_label_classification", 3)
+    columns = [LabelledCells("a", slice(3), problem, np.arange(2, 8), np.array([0, 1, 0, 1, 2, 2]))]
+    assert finetuning._groups(cells, "donor", columns).tolist() == cells.obs["donor"].tolist()
+    assert "1 of 3 classes of 'a' have cells of one 'donor' alone" in caplog.text and "these 2 cells" in caplog.text
