@@ -22,8 +22,10 @@ def test_every_line_runs_on_a_cpu(tmp_path):
             assert "backward" in row["failed"]  # which flex attention has on GPUs only
             continue
         assert row["tokens_per_second"] > 0
-        if gpu.CONTENDERS[way][1] == "one size" and gpu.CONTENDERS[way][3]:
-            assert row["graphs"] == 1
+        _, batches, _, compiles = gpu.CONTENDERS[way]
+        if batches == "one size" and compiles:
+            # The last layer is computed for fewer tokens: compiled alone, it has another graph than the others share.
+            assert row["graphs"] == {"model": 1, "layers": 2}[compiles]
     compiled = found["loader"]["0 workers, compiled"]
     assert compiled["graphs"] == 1 and 0 < compiled["padding_share"] < 1
 

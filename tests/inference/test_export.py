@@ -66,7 +66,7 @@ def test_a_classifier_labels_as_torch_does(store, adata, tmp_path, capsys, caplo
     assert 0 < np.abs(small - large).max() < 0.5 * np.abs(large).max()
     assert settings["comparison"]["model_int8.onnx"]["max_abs_difference"] > 0
     assert main(["export", "--model", str(tmp_path / "m"), "--output", str(out)]) == 1
-    assert "holds an exported model. Choose another output, or replace it with --overwrite." in capsys.readouterr().err
+    assert "holds an exported model. Choose another output, or pass --overwrite." in capsys.readouterr().err
 
 
 @pytest.mark.slow  # a second export; the models' own tests export encoders too
