@@ -111,7 +111,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
     seed : int, default: 0
         Seed of the masks.
     gene_dropout : float, default: 0.0
-        Fraction of a cell's genes to leave out, drawn anew in each epoch. It regularises training on few cells, and
+        Fraction of a cell's genes to leave out, drawn again in each epoch. It regularises training on few cells, and
         makes steps cheaper. `CellTrainer` evaluates without it; transformers' Trainer has one collator for training
         and evaluation, and evaluates with it.
     packing : bool, default: False

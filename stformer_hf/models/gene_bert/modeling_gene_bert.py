@@ -248,7 +248,7 @@ class GeneBertModel(GeneBertPreTrainedModel):
     def adds_nothing(self) -> bool:
         """Return whether the residual branches of all layers are 0, as at a start that was not trained.
 
-        Weights that are no plain tensors, such as quantised ones, are taken to differ from 0.
+        Weights that are not plain tensors, such as quantised ones, count as different from 0.
         """
         last = [linear for layer in self.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
         weights = [parameter.data for linear in last for parameter in linear.parameters()]
