@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .. import __version__
 from .arguments import check_free, flag, parse
 from .demo_rows import GENES, LABEL, MAJORITY, PCA, START, TRAINED
 
@@ -52,7 +53,7 @@ STEPS = {"save_strategy": "no", "eval_on_start": True, "logging_steps": 10}  # f
 EPOCHS = 4  # of the fine-tuning shown if the classifier chose none
 N_LABELS = (5, 10, 20)
 N_DRAWS = 3
-VERSIONS = ("stformer_hf", "torch", "transformers", "datasets", "anndata", "scanpy")
+VERSIONS = ("torch", "transformers", "datasets", "anndata", "scanpy")
 
 MODELS = ("pretrained", "classifier", "classifier_start", "classifier_trained")
 MADE = (
@@ -381,7 +382,11 @@ def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
     settings = {
         "pretraining": PRETRAINING | PRETRAINING_STEPS,
         "fine-tuning": FINETUNING,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in VERSIONS}},
+        "versions": {
+            "python": platform.python_version(),
+            "stformer_hf": __version__,
+            **{name: version(name) for name in VERSIONS},
+        },
     }
     report = folder / "report.html"
     config = json.loads((folder / "pretrained" / "config.json").read_text())

@@ -7,10 +7,10 @@ import json
 import multiprocessing
 import shutil
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..sources.open_source import _key
 from ..store.shards import write_json
 from .scdl import SingleCellMemMapDataset
@@ -146,7 +146,7 @@ class SingleCellCollection:
 
     def version(self) -> str:
         """Return the name and version of the software that writes the datasets."""
-        return f"stformer_hf {version('stformer_hf')}"
+        return f"stformer_hf {__version__}"
 
     def flatten(
         self, output_path: str | Path, destroy_on_copy: bool = False, extend_copy_size: int | None = None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..genes.gene_table import GeneTable
 from .shards import RowFormat, checksum, write_json
 
@@ -68,4 +68,4 @@ def write_dataset_files(folder: Path, features: Features, shards: list[dict]) ->
 
 def written_by() -> str:
     """Return name and version of this package."""
-    return f"stformer_hf {version('stformer_hf')}"
+    return f"stformer_hf {__version__}"

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from .. import __version__
 from ..genes.whole_files import whole_file
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
@@ -134,7 +135,8 @@ def write_model_card(
         limits=limits,
         versions={
             "python": platform.python_version(),
-            **{name: version(name) for name in ("stformer_hf", "transformers", "torch", "datasets", "accelerate")},
+            "stformer_hf": __version__,
+            **{name: version(name) for name in ("transformers", "torch", "datasets", "accelerate")},
             "torch": torch.__version__,  # with its CUDA
         },
     )

@@ -14,6 +14,26 @@ from .packed_attention import segments_of
 from .rank_prior import RankPrior
 
 
+def linear_filled_up(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+    """Apply a linear layer, which in half precision on a GPU is filled up to a multiple of 8 outputs.
+
+    cuBLAS has no kernel of a recent GPU for other numbers. The result (…, n_outputs) is without these columns.
+    """
+    weight, bias = linear.weight, linear.bias
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    plain = type(linear) is nn.Linear and type(weight) is nn.Parameter and bias is not None
+    served = plain and weight.is_cuda and states.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    missing = -linear.out_features % 8
+    if not served or not missing:
+        return linear(states)
+    return _linear_with_columns(states, weight, bias, missing)[..., : linear.out_features]
+
+
+def _linear_with_columns(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, n: int) -> torch.Tensor:
+    """Apply a linear layer with n more outputs, which are 0."""
+    return nn.functional.linear(states, nn.functional.pad(weight, (0, 0, 0, n)), nn.functional.pad(bias, (0, n)))
+
+
 class GeneBertMLMHead(nn.Module):
     """Head for masked tokens: Linear, activation, LayerNorm, and a Linear layer to the vocabulary.
 
@@ -35,7 +55,7 @@ class GeneBertMLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits (…, vocab_size) of hidden states (…, hidden)."""
-        return self.decoder(self.before_decoder(hidden_states))
+        return linear_filled_up(self.before_decoder(hidden_states), self.decoder)
 
     def before_decoder(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the input of the last layer (…, hidden)."""

@@ -133,7 +133,8 @@ def packed_sdpa_attention_forward(
     elif _varlen_serves(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
 
-        packed = [part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value)]
+        # In backward, too, `squeeze` is a view, where an index would copy.
+        packed = [part.squeeze(0).transpose(0, 1).to(value.dtype) for part in (query, key, value)]
         longest = kwargs.get("max_length_q")
         if longest is None:  # an upper bound is enough
             longest = query.shape[2] if torch.compiler.is_compiling() else int(cu_seq_lens.diff().max())
