@@ -5,7 +5,7 @@ import sys
 
 BENCHMARKS = ("data", "tokens", "model", "training", "space", "quality", "perturb")
 # Those that read files named by flags, need a GPU, or are long: only run when asked for.
-OF_FILES = ("objectives", "gpu", "annotate", "embed", "network", "scale", "streams")
+OF_FILES = ("objectives", "gpu", "annotate", "embed", "network", "scale", "streams", "commits")
 
 
 def main() -> None:

@@ -4,10 +4,11 @@ python -m benchmarks gpu --minutes 8 --out FOLDER
 
 A step is forward, backward and fused AdamW in bfloat16 (autocast) on rank tokens, with the head and the masks of
 `python -m benchmarks model`; MFU is counted as there, of useful work alone. "mix" are the cells of `--h5ad`, all
-their genes; "1,024" are made cells cut to 1,024 tokens. A batch has about as many tokens as `TOKENS` says. The parts
-come in the order of their worth and share the minutes; a part or row that takes longer than `LIMIT` seconds is
-stopped, and the JSON is written after each, so that a run that is cut short keeps what it has. `--device cpu` runs
-every line in about a minute, on few tokens and a tiny model, in float32, compiled without generating code.
+their genes; "1,024" are made cells cut to 1,024 tokens. A batch has about as many tokens as `TOKENS` says.
+"attention" times the attention of one layer alone, on the cells of a "mix" batch. The parts come in the order of their
+worth and share the minutes; a part or row that takes longer than `LIMIT` seconds is stopped, and the JSON is written
+after each, so that a run that is cut short keeps what it has. `--device cpu` runs every line in about a minute, on few
+tokens and a tiny model, in float32, compiled without generating code.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import numpy as np
 import torch
 from torch._dynamo.utils import counters
 
+from stformer_hf.models.gene_bert.packed_attention import packed_sdpa_attention_forward
+
 from .model import LENGTH_MEDIAN, MASKED, PEAKS, _made_cells, make_model, useful_flops
 
 # layers, heads, hidden size, feed-forward size, attention dropout
@@ -49,10 +52,12 @@ CONTENDERS = {
     "padded": ("gene_bert", "padded", "sdpa", None),
     "BERT, padded": ("bert", "padded", "sdpa", None),
     "ModernBERT, padded": ("modernbert_sparse", "padded", "sdpa", None),
-    "packed, flex": ("gene_bert", "packed", "flex_attention", None),
     "packed, one size": ("gene_bert", "one size", "sdpa", None),
     "padded, compiled": ("gene_bert", "padded", "sdpa", "model"),
+    "packed, flex": ("gene_bert", "packed", "flex_attention", None),
 }
+LATE = ("packed, one size", "padded, compiled", "packed, flex")  # which compile long, or tell least
+HEADS = {"8 x 64": (8, 64), "4 x 128": (4, 128)}  # of the attention that is timed alone
 
 
 def run(arguments: list[str]) -> None:
@@ -103,17 +108,18 @@ class _Run:
         with tempfile.TemporaryDirectory() as folder:
             self.prepare(Path(folder))
             small, *larger = self.shapes
-            first = [name for name in CONTENDERS if name not in ("packed, one size", "padded, compiled")]
+            first = [name for name in CONTENDERS if name not in LATE]
+            self.part("attention", self.attention)
             self.part("waits", self.waits, small)
             for name in first:
                 self.step(small, "mix", name)
             self.part("profile", self.profile, small)
             self.part("loader", self.loader, Path(folder), small)
-            self.step(small, "mix", "packed, one size")
             for size, mix in [(small, "1,024"), *((size, "mix") for size in larger)]:
                 for name in first:
                     self.step(size, mix, name)
-            self.step(small, "mix", "padded, compiled")
+            for name in LATE:
+                self.step(small, "mix", name)
         print(f"written to {self.out / 'benchmark_gpu.json'}")
 
     # ------------------------------------------------------------------ data
@@ -206,8 +212,42 @@ class _Run:
 
         self.part("steps", work)
 
-    def timed_step(self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None) -> dict:
-        """Time steps after warming up: each batch at least twice, and on a GPU three seconds."""
+    def attention(self) -> dict[str, dict]:
+        """Time the attention of one layer alone, forward and with backward: packed, or one call per cell on a CPU."""
+        batches, lengths = self.batches("mix", "packed")
+        cuts, n_tokens = batches[0]["cu_seq_lens_q"], lengths[0]
+        found = {}
+        for heads, (n_heads, head_dim) in HEADS.items():
+            shape = (3, 1, n_heads, int(n_tokens.sum()), head_dim)
+            dtype = torch.bfloat16 if self.on_gpu else torch.float32
+            states = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+
+            def forward(states=states) -> torch.Tensor:
+                how = {"cu_seq_lens_q": cuts, "max_length_q": int(n_tokens.max())}
+                return packed_sdpa_attention_forward(self, *states, None, states.shape[-1] ** -0.5, **how)[0]
+
+            def both(forward=forward) -> None:
+                forward().sum().backward()
+
+            flops = 4 * n_heads * head_dim * (n_tokens.astype(float) ** 2).sum()
+            found[heads] = {
+                "forward_tflops": round(flops / self.seconds(forward) / 1e12, 3),
+                "both_tflops": round(3 * flops / self.seconds(both) / 1e12, 3),
+            }
+        return found
+
+    def seconds(self, work) -> float:
+        """Return the seconds of a call, the mean of ten after a first one."""
+        work()
+        self.wait()
+        began = time.perf_counter()
+        for _ in range(10):
+            work()
+        self.wait()
+        return (time.perf_counter() - began) / 10
+
+    def ready(self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None):
+        """Return batches, the lengths of their cells, a model, and a function that makes a step on a batch."""
         batches, lengths = self.batches(mix, layout)
         if model.startswith("modernbert"):
             for batch in batches:
@@ -216,11 +256,15 @@ class _Run:
         torch._dynamo.reset()
         counters.clear()
         how = {"dynamic": False, "fullgraph": True} if layout == "one size" else {"dynamic": True}
-        if compiled == "layers":  # one graph for all of them
+        if compiled == "layers":  # one graph for all but the last, which is computed for fewer tokens
             for layer in net.base_model.layers:
                 layer.compile(backend=self.compiler, **how)
         whole = torch.compile(net, backend=self.compiler, **how) if compiled == "model" else net
-        step = self.stepper(whole, net)
+        return batches, lengths, net, self.stepper(whole, net)
+
+    def timed_step(self, size: str, mix: str, *way) -> dict:
+        """Time steps after warming up: each batch at least twice, and on a GPU three seconds."""
+        batches, lengths, net, step = self.ready(size, mix, *way)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -245,7 +289,7 @@ class _Run:
         }
         if self.on_gpu:
             found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        if compiled:
+        if way[-1]:
             found["graphs"] = counters["stats"]["unique_graphs"]
         if self.peak:
             flops = useful_flops(flat, net.config.vocab_size, self.shapes[size])
@@ -276,9 +320,7 @@ class _Run:
 
     def waits_of(self, size: str, layout: str) -> dict[str, int]:
         """Count the waits of a step, by line; a CPU has none."""
-        batches, _ = self.batches("mix", layout)
-        net = self.model(size, "mix", "gene_bert", "sdpa")
-        step = self.stepper(net, net)
+        batches, _, _, step = self.ready(size, "mix", "gene_bert", layout, "sdpa", None)
         step(batches[0])
         if not self.on_gpu:
             return {}
@@ -302,26 +344,27 @@ class _Run:
         return dict(found)
 
     def profile(self, size: str) -> dict:
-        """Return the kernels that a packed step spends its time in."""
+        """Return the kernels that a step spends its time in, as shares of all, packed and compiled."""
         from torch.profiler import ProfilerActivity, profile
 
-        batches, _ = self.batches("mix", "packed")
-        net = self.model(size, "mix", "gene_bert", "sdpa")
-        step = self.stepper(net, net)
-        for batch in batches[:3]:
-            step(batch)
-        self.wait()
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])]
-        with profile(activities=kinds) as profiler:
-            for batch in batches[:3]:
+        found = {}
+        for number, name in enumerate(("packed", "packed, layers compiled")):
+            batches, _, _, step = self.ready(size, "mix", *CONTENDERS[name])
+            for batch in batches:
                 step(batch)
             self.wait()
-        by = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
-        table = profiler.key_averages().table(sort_by=by, row_limit=45, max_name_column_width=90)
-        (self.out / "profile.txt").write_text(table)
-        events = sorted(profiler.key_averages(), key=lambda event: -getattr(event, by))
-        total = sum(getattr(event, by) for event in events) or 1
-        return {event.key[:100]: round(getattr(event, by) / total, 3) for event in events[:20]}
+            with profile(activities=[ProfilerActivity.CUDA if self.on_gpu else ProfilerActivity.CPU]) as profiler:
+                for batch in batches[:3]:
+                    step(batch)
+                self.wait()
+            by = "self_device_time_total" if self.on_gpu else "self_cpu_time_total"
+            averages = profiler.key_averages()
+            table = averages.table(sort_by=by, row_limit=60, max_name_column_width=100)
+            (self.out / f"profile_{number}.txt").write_text(f"{name}\n{table}")
+            events = sorted(averages, key=lambda event: -getattr(event, by))
+            total = sum(getattr(event, by) for event in events) or 1
+            found[name] = {event.key[:100]: round(getattr(event, by) / total, 3) for event in events[:20]}
+        return found
 
     def loader(self, folder: Path, size: str) -> dict:
         """Train through the trainer, cells tokenized on the way, with workers and without."""

@@ -39,6 +39,14 @@ def gpu(results: dict) -> str:
     return "\n".join(lines)
 
 
+def gpu_attention(results: dict) -> str:
+    """Return the table of the attention of one layer."""
+    lines = ["| attention of one layer | forward, TFLOP/s | forward and backward, TFLOP/s |", "|---|---|---|"]
+    for heads, found in results["attention"].items():
+        lines.append(f"| {heads.replace('x', 'heads of')} | {found['forward_tflops']} | {found['both_tflops']} |")
+    return "\n".join(lines)
+
+
 def gpu_loader(results: dict) -> str:
     """Return the table of training through the trainer, by the number of worker processes."""
     lines = ["| workers | tokens/s | waiting for data |", "|---|---|---|"]
@@ -461,6 +469,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "training_2026-11-29": training_whole_cells,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
+    "gpu_h200_2026-11-29 attention": gpu_attention,
     "objectives_h200_2026-11-28": objectives,
 }
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
-from scipy.stats import binom
+from scipy.special import bdtrc
 from xxhash import xxh3_128_digest
 
 SHARE = 0.9  # share of a source's cells that match cells of another, from which it holds the same cells
@@ -154,7 +154,7 @@ class SameCells:
             return 0
         chance = _chance(contents, others)
         beyond_chance = n / n_alike - chance > _KAPPA * (1 - chance)
-        return n if beyond_chance and len(self.alike) * binom.sf(n - 1, n_alike, chance) < _EXPECTED else 0
+        return n if beyond_chance and len(self.alike) * bdtrc(n - 1, n_alike, chance) < _EXPECTED else 0
 
     def _keys(self, source: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what tells the cells of a source with counts apart, without and with their barcodes: uint64 (n,)."""

@@ -22,6 +22,9 @@ from .remote_files import Range, RemoteFile, fetched
 Slice = memoryview | Range
 
 
+_Runs = tuple[list[int], list[int], list[int]]
+
+
 class ArrowRows:
     """Rows of shards, Arrow stream files in the order of the rows; an offset per file is added to its `neighbors`."""
 
@@ -96,17 +99,17 @@ class ArrowRows:
         """Return the bounds of rows, and a copy of their entries in each column, for list columns and their types."""
         if not self._batches:
             return [(np.zeros(1, np.int64), [np.empty(0, kind) for kind in types]) for _, types in wanted]
-        found = [lists.find(rows) for lists, _ in wanted]
-        runs = [(lists, its_runs) for (lists, _), (_, its_runs) in zip(wanted, found, strict=True)]
-        self._ahead.ask_for(chain.from_iterable(lists.ranges(its_runs) for lists, its_runs in runs))
+        found = [(lists, *lists.find(rows)) for lists, _ in wanted]
+        self._ahead.ask_for(chain.from_iterable(lists.ranges(runs) for lists, _, runs in found))
+        slices = fetched(*(column for lists, _, runs in found for column in lists.slices(runs)))
         # Joining slices of memoryviews as bytes costs half as much as np.concatenate of slices of arrays.
-        join = bytearray().join  # a bytearray is writable, bytes are not
-        slices = chain.from_iterable(lists.slices(its_runs) for lists, its_runs in runs)
-        columns = [join(contents) for contents in fetched(*slices)]
+        joined = map(bytearray().join, slices)  # a bytearray is writable, bytes are not
+        gathered = [
+            (indptr, [np.frombuffer(next(joined), kind) for kind in types])
+            for (_, indptr, _), (_, types) in zip(found, wanted, strict=True)
+        ]
         self._ahead.look()
-        kinds = chain.from_iterable(types for _, types in wanted)
-        arrays = iter([np.frombuffer(column, kind) for column, kind in zip(columns, kinds, strict=True)])
-        return [(indptr, [next(arrays) for _ in types]) for (indptr, _), (_, types) in zip(found, wanted, strict=True)]
+        return gathered
 
     @cached_property
     def _neighbors(self) -> _Lists:
@@ -171,26 +174,27 @@ class _Lists:
             np.subtract(bounds[1:], bounds[:-1], out=lengths[start:stop])
         return lengths
 
-    def find(self, rows: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-        """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: (batch, start, stop)."""
+    def find(self, rows: np.ndarray) -> tuple[np.ndarray, _Runs]:
+        """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: their batches, starts and stops."""
         batches = self._starts.searchsorted(rows, side="right") - 1
         at = rows + batches
         starts, stops = self._bounds[at], self._bounds[at + 1]
-        indptr = np.concatenate([[0], np.cumsum(stops - starts)])
-        follows = np.diff(at) == 1  # the next row of the same batch continues the run
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(stops - starts, out=indptr[1:])
+        follows = at[1:] - at[:-1] == 1  # the next row of the same batch continues the run
         if follows.any():
             begins, ends = np.flatnonzero(np.r_[True, ~follows]), np.flatnonzero(np.r_[~follows, True])
             batches, starts, stops = batches[begins], starts[begins], stops[ends]
-        return indptr, list(zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True))
+        return indptr, (batches.tolist(), starts.tolist(), stops.tolist())
 
-    def slices(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[list[Slice]]:
+    def slices(self, runs: _Runs) -> Iterator[list[Slice]]:
         """Return the entries of runs, for each column."""
         for values in self._values:
-            yield [values[batch][start:stop] for batch, start, stop in runs]
+            yield [values[batch][start:stop] for batch, start, stop in zip(*runs, strict=True)]
 
-    def ranges(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[MappedFile, int, int]]:
+    def ranges(self, runs: _Runs) -> Iterator[tuple[MappedFile, int, int]]:
         """Return the bytes that runs of entries take in their files."""
-        for batch, start, stop in runs:
+        for batch, start, stop in zip(*runs, strict=True):
             of = self._lists[batch]
             if of.file is not None:
                 for place, size in of.places:

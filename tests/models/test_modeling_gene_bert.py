@@ -22,6 +22,7 @@ from stformer_hf import (
     GeneTokenizer,
     PositionlessEmbeddings,
 )
+from stformer_hf.models.gene_bert import heads
 
 
 @pytest.fixture
@@ -284,3 +285,34 @@ def test_each_dropout_is_there_in_training(config, batch, dropout):
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
     model.eval()
     assert torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("n_outputs", [8, 13])
+def test_more_outputs_change_nothing_of_the_others(n_outputs):
+    linear, states = nn.Linear(6, n_outputs), torch.randn(2, 5, 6)
+    upstream = torch.randn(2, 5, n_outputs)
+    found = []
+    for filled_up in (False, True):
+        leaves = [states.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in linear.parameters())]
+        outputs = heads._linear_with_columns(*leaves, 3) if filled_up else nn.functional.linear(*leaves)
+        assert outputs.shape[-1] == n_outputs + 3 * filled_up
+        outputs[..., n_outputs:].sum().backward(retain_graph=True)  # which no weight has a part in
+        outputs[..., :n_outputs].backward(upstream)
+        found.append([outputs[..., :n_outputs], *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_outputs", [16, 13])
+def test_the_last_layer_is_filled_up_on_a_gpu(n_outputs, monkeypatch):
+    calls = []
+    plain = heads._linear_with_columns
+    monkeypatch.setattr(heads, "_linear_with_columns", lambda *args: calls.append(args[-1]) or plain(*args))
+    linear, states = nn.Linear(8, n_outputs).cuda(), torch.randn(4, 8, device="cuda")
+    torch.testing.assert_close(heads.linear_filled_up(states, linear), linear(states))
+    assert not calls  # float32
+    with torch.autocast("cuda", torch.bfloat16):
+        found, expected = heads.linear_filled_up(states, linear), linear(states)
+    assert calls == ([3] if n_outputs == 13 else []) and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)

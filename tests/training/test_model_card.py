@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from stformer_hf import (
     GeneBertForTokenClassification,
     GeneTokenizer,
     STFormerPretrainer,
+    __version__,
 )
 from stformer_hf.training import card_facts, model_card
 from stformer_hf.training.card_facts import gene_coverage, last_metrics, settings_of
@@ -114,6 +116,24 @@ def test_any_trainer_writes_a_card_of_what_it_did(cells, genes, tmp_path):
     values = {result.metric_type: result.metric_value for result in data.eval_results}
     assert values["loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
     assert not any("runtime" in name or "second" in name for name in values)
+
+
+def test_a_folder_of_the_code_serves_without_installation(adata, tokenizer, tmp_path, monkeypatch):
+    """As on a machine with a GPU and without a network, with the folder in PYTHONPATH."""
+    of_name = metadata.Distribution.from_name.__func__
+
+    def missing(cls, name: str):
+        if name.replace("-", "_") == "stformer_hf":
+            raise metadata.PackageNotFoundError(name)
+        return of_name(cls, name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", classmethod(missing))
+    with pytest.raises(metadata.PackageNotFoundError):
+        metadata.version("stformer_hf")
+    cells = CellStore.build(tmp_path / "cells", adata, report=False)
+    path = write_model_card(tmp_path, model=make_model(tokenizer), tokenizer=tokenizer, store=cells)
+    assert f"stformer_hf {__version__}" in (tmp_path / "cells" / "manifest.json").read_text()
+    assert f"stformer_hf {__version__}, " in path.read_text()
 
 
 def test_the_precision_is_that_of_the_weights(cells, genes, tmp_path):
