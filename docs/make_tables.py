@@ -39,6 +39,16 @@ def gpu(results: dict) -> str:
     return "\n".join(lines)
 
 
+def commits(results: dict) -> str:
+    """Return the table of two commits."""
+    lines = ["| processor seconds | before | now | now / before (range) |", "|---|---|---|---|"]
+    for part, found in results["parts"].items():
+        low, high = found["range"]
+        ratio = f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"| {part} | {found['old']:.3f} | {found['new']:.3f} | {ratio} |")
+    return "\n".join(lines)
+
+
 def gpu_attention(results: dict) -> str:
     """Return the table of the attention of one layer."""
     lines = ["| attention of one layer | forward, TFLOP/s | forward and backward, TFLOP/s |", "|---|---|---|"]
@@ -467,6 +477,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "perturb_2026-11-29 interferon": perturb_interferon,
     "perturb_2026-11-29 no_effect": perturb_no_effect,
     "training_2026-11-29": training_whole_cells,
+    "commits_2026-11-29": commits,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
     "gpu_h200_2026-11-29 attention": gpu_attention,

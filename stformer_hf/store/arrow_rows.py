@@ -175,7 +175,7 @@ class _Lists:
         return lengths
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, _Runs]:
-        """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: their batches, starts and stops."""
+        """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: batches, starts and stops."""
         batches = self._starts.searchsorted(rows, side="right") - 1
         at = rows + batches
         starts, stops = self._bounds[at], self._bounds[at + 1]

@@ -17,7 +17,7 @@ def test_every_line_runs_on_a_cpu(tmp_path):
     assert not [name for name, part in found.items() if isinstance(part, dict) and "failed" in part]
     rows = {(row["size"], row["cells"], row["way"]): row for row in found["steps"]}
     assert {way for _, _, way in rows} == set(gpu.CONTENDERS)
-    assert len(rows) == len(found["steps"]) == 2 + 3 * (len(gpu.CONTENDERS) - 2)
+    assert len(rows) == len(found["steps"]) == len(gpu.LATE) + 3 * (len(gpu.CONTENDERS) - len(gpu.LATE))
     for (_, _, way), row in rows.items():
         if "flex" in way:
             assert "backward" in row["failed"]  # which flex attention has on GPUs only
