@@ -303,6 +303,12 @@ def test_more_outputs_change_nothing_of_the_others(n_outputs):
         torch.testing.assert_close(one, other)
 
 
+def test_a_last_layer_that_is_not_plain_is_applied_as_it_is():
+    states, linear = torch.randn(4, 6), nn.Linear(6, 13)
+    for layer in (linear, nn.Sequential(linear), nn.Linear(6, 13, bias=False)):
+        assert torch.equal(heads.linear_filled_up(states, layer), layer(states))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("n_outputs", [16, 13])
 def test_the_last_layer_is_filled_up_on_a_gpu(n_outputs, monkeypatch):

@@ -14,19 +14,21 @@ from .packed_attention import segments_of
 from .rank_prior import RankPrior
 
 
-def linear_filled_up(states: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+def linear_filled_up(states: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     """Apply a linear layer, which in half precision on a GPU is filled up to a multiple of 8 outputs.
 
-    cuBLAS has no kernel of a recent GPU for other numbers. The result (…, n_outputs) is without these columns.
+    cuBLAS has no kernel of a recent GPU for other numbers. The result (…, n_outputs) is without these columns. A layer
+    that is not a plain one, such as an adapter's, or whose weight is elsewhere (offloaded, or in parts), is applied as
+    it is.
     """
-    weight, bias = linear.weight, linear.bias
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-    plain = type(linear) is nn.Linear and type(weight) is nn.Parameter and bias is not None
-    served = plain and weight.is_cuda and states.is_cuda and dtype in (torch.bfloat16, torch.float16)
-    missing = -linear.out_features % 8
-    if not served or not missing:
+    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
         return linear(states)
-    return _linear_with_columns(states, weight, bias, missing)[..., : linear.out_features]
+    weight, n, missing = linear.weight, linear.out_features, -linear.out_features % 8
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
+    is_here = weight.is_cuda and weight.device == states.device and weight.shape[0] == n
+    if not missing or not is_here or dtype not in (torch.bfloat16, torch.float16):
+        return linear(states)
+    return _linear_with_columns(states, weight, linear.bias, missing)[..., :n]
 
 
 def _linear_with_columns(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, n: int) -> torch.Tensor:
