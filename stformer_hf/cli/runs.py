@@ -353,9 +353,16 @@ def _is_figure(name: str, value: object) -> bool:
     return name.startswith("eval_") and isinstance(value, (int, float)) and not of_speed
 
 
+# The figures that a command prints at its end, if there are any.
+_AT_THE_END = ("train_loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "cells_per_second", "peak_memory_mb")
+
+
 def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
-    """Train, with no other command at work in the output folder, and print the metrics in the main process."""
+    """Train, with no other command at work in the output folder, and print the main metrics in the main process."""
+    from ..training.log_lines import describe_logs
+
     with writing(output):
         figures = run()
     if PartialState().is_main_process:
-        print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        shown = describe_logs({name: figures[name] for name in _AT_THE_END if name in figures})
+        print(f"{output}: {' | '.join(shown)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,12 @@ _SHARES = ("share", "accuracy", "f1", "mfu")
 # Numbers that nobody looks at while a run is going on; they stay in trainer_state.json and the reports.
 _LEFT_OUT = ("total_flos", "grad_norm", "epoch")
 _SHORT = 20  # seconds: a shorter wait needs no line
-_LEFT_OUT_ENDS = ("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "peak_memory_gb")
+_LEFT_OUT_ENDS = (
+    *("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "peak_memory_gb"),
+    *("uniform_nll", "own_context_nll", "swapped_context_nll"),  # the gap of the last two is shown
+)
+_NOT_OF_A_CLASS = ("eval_loss", "train_loss", "uniform_nll", "marginal_nll", "context_nll")
+_SMALL = 0.05  # shares of padding and of waiting for data below this are no news
 
 
 class LogLines(ProgressCallback):
@@ -51,7 +57,8 @@ class LogLines(ProgressCallback):
             left = (time.monotonic() - self._start) / n_steps * (state.max_steps - state.global_step)
             parts.append(f"{_duration(left)} left")
         line = " | ".join(filter(None, parts))
-        self.training_bar.write(line) if self.training_bar is not None else print(line, flush=True)
+        bar = self.prediction_bar if self.training_bar is None else self.training_bar
+        bar.write(line) if bar is not None else print(line, flush=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar."""
@@ -60,14 +67,24 @@ class LogLines(ProgressCallback):
 
 
 def describe_logs(logs: Mapping[str, Any]) -> list[str]:
-    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without the less useful ones."""
+    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without the less useful ones.
+
+    Small shares of padding and waiting are left out, and the losses of a single class of tokens, which are the loss.
+    """
+    total = logs.get("loss", logs.get("eval_loss"))
+    of_classes = [name for name in logs if name.endswith(("_loss", "_nll")) and not name.endswith(_NOT_OF_A_CLASS)]
+    one_class = total is not None and len({name.rsplit("_", 1)[0] for name in of_classes}) == 1
     found = []
     for name, value in logs.items():
-        if name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS):
+        is_small = name.endswith(("padding_share", "wait_share")) and value < _SMALL
+        is_total = one_class and name in of_classes and math.isclose(value, total, rel_tol=1e-2)
+        if name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS) or is_small or is_total:
             continue
-        text = name.removesuffix("_per_second").replace("_", " ")
+        text = name.removesuffix("_per_second").removesuffix("_mb").replace("_", " ")
         if name.endswith("_per_second"):
             found.append(f"{float(value):,.0f} {text}/s")
+        elif name.endswith("_mb"):
+            found.append(f"{text} {float(value):,.0f} MB")
         elif name.endswith(_SHARES) and isinstance(value, float):
             found.append(f"{text} {value:.1%}")
         else:

@@ -110,7 +110,7 @@ CLS = "--phenotype_category cell_type"
 
 def test_mlm_trains_from_its_command_line(folder, capsys):
     assert main(words(folder, "mlm", MLM, included_phenotypes="cell_type")) == 0
-    assert "eval_loss" in capsys.readouterr().out
+    assert "eval loss" in capsys.readouterr().out
     out = folder / "out"
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
     config, tokenizer = GeneBertConfig.from_pretrained(out), GeneTokenizer.from_pretrained(out)

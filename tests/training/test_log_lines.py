@@ -45,3 +45,17 @@ def test_the_bar_writes_the_same_line_and_other_processes_write_none(capsys):
 
 def test_what_nobody_looks_at_is_left_out_also_at_the_end_of_a_run():
     assert describe_logs({"peak_memory_gb": 0.8, "train_peak_memory_gb": 0.8, "train_loss": 1.5}) == ["train loss 1.5"]
+
+
+def test_the_loss_of_a_single_class_of_tokens_and_small_shares_are_left_out():
+    one = {"loss": 1.6, "genes_loss": 1.601, "genes_nll": 1.599, "genes_accuracy": 0.25, "padding_share": 0.04}
+    assert describe_logs(one) == ["loss 1.6", "genes accuracy 25.0%"]
+    assert describe_logs({**one, "padding_share": 0.05})[-1] == "padding share 5.0%"
+    assert describe_logs({"loss": 2.6, "genes_loss": 1.6}) == ["loss 2.6", "genes loss 1.6"]  # of two objectives
+    two = {"loss": 1.6, "genes_loss": 1.5, "phenotypes_loss": 1.7}
+    assert describe_logs(two) == ["loss 1.6", "genes loss 1.5", "phenotypes loss 1.7"]
+    of_a_dataset = {"eval_blood_loss": 1.5}
+    assert describe_logs(of_a_dataset) == ["eval blood loss 1.5"]
+    baselines = {"eval_loss": 1.5, "eval_genes_nll": 1.5, "eval_gene_marginal_nll": 1.07, "eval_uniform_nll": 1.8}
+    assert describe_logs(baselines) == ["eval loss 1.5", "eval gene marginal nll 1.07"]
+    assert describe_logs({"peak_memory_mb": 1234.5}) == ["peak memory 1,234 MB"]
