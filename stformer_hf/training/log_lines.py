@@ -34,7 +34,7 @@ class LogLines(ProgressCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar, and start the clock."""
         self._start, self._first_step, self.current_step = time.monotonic(), state.global_step, state.global_step
-        if not args.disable_tqdm:
+        if state.max_steps and not args.disable_tqdm:  # a classifier may be left at its start
             super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
