@@ -252,6 +252,3 @@ def _as_numbers(column: pd.Series) -> np.ndarray | None:
         return None
     native = np.float64 if values.dtype.itemsize > 8 else values.dtype.newbyteorder("=")
     return values.astype(native, copy=False)
-
-
-__all__ = ["AnnDataset"]

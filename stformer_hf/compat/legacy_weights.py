@@ -281,6 +281,3 @@ def _only_file(path: str | os.PathLike, parameter: str, *patterns: str) -> Path:
         if found:
             return found[0]
     raise ValueError(f"{path} has no {' or '.join(patterns)}: pass {parameter}=….")
-
-
-__all__ = ["convert_perturbgene_checkpoint", "load_geneformer"]

@@ -97,6 +97,3 @@ def choose_closest(
     if not found:
         raise ValueError(f"{name!r} is not close to any of {', '.join(supported) or 'no names'}.")
     return known[found[0]]
-
-
-__all__ = ["choose_closest", "make_output_dirs", "setup_environment"]

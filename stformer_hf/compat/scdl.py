@@ -541,6 +541,3 @@ def _number(index: int, n: int, what: str) -> int:
     if not -n <= number < n:
         raise IndexError(f"{number} is outside the {n} {what}.")
     return number % n
-
-
-__all__ = ["NeighborSamplingStrategy", "SingleCellMemMapDataset"]

@@ -66,6 +66,3 @@ def _csr(values: torch.Tensor, columns: np.ndarray, lengths: Sequence[int], n_co
     shape = (len(lengths), n_columns)
     # Set explicitly, since torch warns otherwise; columns are below n_columns by construction.
     return torch.sparse_csr_tensor(indptr, torch.from_numpy(columns), values, shape, check_invariants=False)
-
-
-__all__ = ["collate_neighbor_sparse_matrix_batch", "collate_sparse_matrix_batch"]

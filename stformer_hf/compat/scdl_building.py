@@ -146,6 +146,3 @@ def count_neighbors(store: CellStore) -> np.ndarray:
     blocks = range(0, len(store), _ROWS_AT_ONCE)
     counts = [np.diff(store.neighbors(slice(start, start + _ROWS_AT_ONCE)).indptr) for start in blocks]
     return np.concatenate([np.zeros(0, np.int64), *counts])
-
-
-__all__ = ["append", "check_free", "check_values", "convert", "count_neighbors", "exactly", "unite", "value_type"]

@@ -181,6 +181,3 @@ class SingleCellCollection:
 def _convert(file: Path, place: Path, options: dict[str, Any]) -> SingleCellMemMapDataset:
     # An existing dataset is complete, and belongs to this file.
     return SingleCellMemMapDataset(place, None if place.exists() else file, **options)
-
-
-__all__ = ["SingleCellCollection"]

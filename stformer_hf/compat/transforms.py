@@ -152,6 +152,3 @@ def check_transform(transform: Any) -> None:
             f"A transform must be an instance of a subclass of Transform, got {transform!r} "
             f"({type(transform).__name__}). Wrap functions in the __call__ of such a class."
         )
-
-
-__all__ = ["Compose", "EncodeLabels", "LogTransform", "NormalizeRowSum", "Transform"]

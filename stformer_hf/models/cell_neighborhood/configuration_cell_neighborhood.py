@@ -175,6 +175,3 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             "initializer_range": 0.02 if hidden >= 384 else hidden**-0.5,
         }
         return cls(**{**fields, **kwargs})
-
-
-__all__ = ["CellNeighborhoodConfig"]

@@ -249,13 +249,3 @@ def pearson_r(predicted: torch.Tensor, observed: torch.Tensor) -> torch.Tensor:
     varies = (predicted != predicted[..., :1]).any(-1) & (observed != observed[..., :1]).any(-1)
     r = nn.functional.cosine_similarity(a, b, dim=-1, eps=0.0)
     return torch.where(varies, r, torch.nan)
-
-
-__all__ = [
-    "CountDistribution",
-    "CountHead",
-    "check_counts",
-    "nb_log_likelihood",
-    "pearson_r",
-    "zinb_log_likelihood",
-]

@@ -497,12 +497,3 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
             gate=None if counts.gate_logits is None else counts.gate_logits.sigmoid(),
             **outputs,
         )
-
-
-__all__ = [
-    "CellNeighborhoodForMaskedCell",
-    "CellNeighborhoodForMaskedCellOutput",
-    "CellNeighborhoodModel",
-    "CellNeighborhoodModelOutput",
-    "CellNeighborhoodPreTrainedModel",
-]

@@ -183,6 +183,3 @@ class CellNeighborhoodAttention(nn.Module):
             out = out.reshape(block.n_sequences * block.queries, -1)
             attended.append(out if block.closed is None else out.masked_fill(block.closed, 0))
         return self.out_lin(torch.cat(attended)), weights
-
-
-__all__ = ["Block", "CellNeighborhoodAttention", "Routes", "routes_of_masks", "routes_of_packing"]

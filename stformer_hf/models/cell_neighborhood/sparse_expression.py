@@ -74,6 +74,3 @@ class ExpressionLinear(nn.Linear):
         table = self.weight.t().to(torch.promote_types(self.weight.dtype, torch.float32)).contiguous()
         sums = _SparseProduct.apply(table, indptr, genes, values.to(table.dtype))
         return (sums + self.bias).to(self.weight.dtype)
-
-
-__all__ = ["ExpressionLinear", "SparseRows"]

@@ -209,6 +209,3 @@ def _quantiles(ascending: np.ndarray, n_bins: int) -> list[float]:
     """Return the distinct lower ends of n_bins equal parts; the first is replaced by a value below any count."""
     least = np.unique(ascending[np.arange(n_bins) * len(ascending) // n_bins])
     return [_BELOW_ANY_COUNT, *least[least > ascending[0]].tolist()]
-
-
-__all__ = ["BinEncoder", "check_bin_edges"]

@@ -427,26 +427,3 @@ def map_genes(rows: CountRows, column_genes: np.ndarray | None) -> CountRows:
         counts = np.add.reduceat(counts, np.flatnonzero(first), dtype=wide)
         indptr, (keys,) = keep(first, indptr, keys)
     return CountRows(indptr, keys % n_genes, counts)
-
-
-__all__ = [
-    "NEIGHBORS",
-    "NO_COUNTS",
-    "Cells",
-    "CountRows",
-    "check_counts",
-    "choose_counts",
-    "csr_rows",
-    "hide",
-    "is_cell_batch",
-    "keep",
-    "map_genes",
-    "pad_ragged",
-    "read_cells",
-    "row_checksums",
-    "row_sums",
-    "split_features",
-    "sum_of_neighbors",
-    "telling_cells",
-    "warn_of_logarithms",
-]

@@ -30,6 +30,3 @@ class CellDecoder(nn.Module):
     def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decode states (n_cells, hidden) to logits (n_cells, n_genes) and log dispersions, float32 (n_genes,)."""
         return self.genes(states), self.log_dispersion.float().clamp(-_MAX_LOG_DISPERSION, _MAX_LOG_DISPERSION)
-
-
-__all__ = ["CellDecoder"]

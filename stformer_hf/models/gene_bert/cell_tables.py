@@ -137,6 +137,3 @@ def join_obs(obs, shared, modality: str):
     for name in new:
         joined[name] = shared[name].reindex(obs.index).array
     return joined
-
-
-__all__ = ["CellTable", "choose_table", "find_table", "is_mudata", "is_spatialdata", "join_obs"]

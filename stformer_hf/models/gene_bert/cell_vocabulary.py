@@ -96,6 +96,3 @@ def _order(tokens: list[str], token_ids: Mapping[str, int] | None) -> list[str]:
         raise ValueError(f"token_ids has only {len(ordered)} tokens, but ids up to {n_known - 1}.")
     names = [ordered.get(i, f"[unused_{i}]") for i in range(n_known)]
     return names + [token for token in tokens if token not in token_ids]
-
-
-__all__ = ["SPECIAL_TOKENS", "CellVocabulary"]

@@ -357,6 +357,3 @@ class GeneBertConfig(PreTrainedConfig):
             "classifier_pooling": "cls" if tokenizer.add_cls else "mean",
         }
         return cls.from_size(size, **{**fields, **kwargs})
-
-
-__all__ = ["GeneBertConfig", "output_name"]

@@ -357,16 +357,3 @@ class GeneBertLayer(GradientCheckpointingLayer):
             return after
         of_cls = before if self.config.cls_state == "fixed" else before + self.cls_gate * (after - before)
         return torch.where(keep(is_cls.unsqueeze(-1), tokens_to_keep), of_cls, after)
-
-
-__all__ = [
-    "GeneBertAttention",
-    "GeneBertLayer",
-    "PositionlessEmbeddings",
-    "first_tokens",
-    "keep",
-    "make_norm",
-    "places_in_cells",
-    "put_first",
-    "rotary_angles",
-]

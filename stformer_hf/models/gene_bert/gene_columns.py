@@ -531,21 +531,3 @@ class SharedNames:
     def resolve(self) -> tuple[GeneNames, GeneNames]:
         """Return gene ids and symbols."""
         return self.key, self._symbols
-
-
-__all__ = [
-    "GENES",
-    "ColumnNames",
-    "GeneColumns",
-    "SharedNames",
-    "are_genes",
-    "describe",
-    "feature_types",
-    "guess_species",
-    "is_id",
-    "mostly_ids",
-    "resolve_genes",
-    "sample",
-    "strip_version",
-    "strip_versions",
-]

@@ -121,6 +121,3 @@ class Truncation(NamedTuple):
             return strongest(counts, room)
         numbers = uniforms(self.seed, self.epoch, _TRUNCATE, np.array([cell_id]), genes, np.zeros(len(genes), int))
         return strongest(numbers, room)
-
-
-__all__ = ["TRUNCATIONS", "Truncation", "strongest", "write_ranks"]

@@ -372,19 +372,3 @@ def pool(
         total = values.new_zeros(n_cells, values.shape[-1]).index_add(0, cell, values[0])
         n_tokens = values.new_zeros(n_cells, 1).index_add(0, cell, content[0])
     return (total / n_tokens.clamp(min=1)).to(hidden.dtype)
-
-
-__all__ = [
-    "GeneBertMLMHead",
-    "LabelColumn",
-    "PreClassifier",
-    "classification_loss",
-    "combine_readers",
-    "default_pooling",
-    "fields_of_columns",
-    "label_columns_of",
-    "masked_lm_loss",
-    "output_names",
-    "pool",
-    "problem_of",
-]

@@ -179,6 +179,3 @@ def read_token_dictionary(
         raise ValueError("The token dictionary lacks <pad> or <mask>.")
     genes = sorted(ids.keys() - {name for names in _NAMES_OF_ROLES.values() for name in names}, key=ids.__getitem__)
     return ids, special_tokens, genes
-
-
-__all__ = ["load_mapping", "load_pickle", "read_token_dictionary"]

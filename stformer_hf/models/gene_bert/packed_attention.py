@@ -159,15 +159,3 @@ def packed_sdpa_attention_forward(
 # Attention layers find it by this name, like all other backends.
 PACKED_SDPA = "sdpa_packed"
 AttentionInterface.register(PACKED_SDPA, packed_sdpa_attention_forward)
-
-__all__ = [
-    "HAS_VARLEN",
-    "PACKED_SDPA",
-    "check_packing",
-    "lengths_for",
-    "packed_mask",
-    "packing_of",
-    "packed_sdpa_attention_forward",
-    "segments_of",
-    "takes_boundaries",
-]

@@ -89,6 +89,3 @@ def _is_missing(value) -> bool:
         return value is None or bool(value != value)
     except TypeError:  # pandas.NA
         return True
-
-
-__all__ = ["name_phenotypes", "phenotype_ids", "phenotype_token", "values_in_store"]

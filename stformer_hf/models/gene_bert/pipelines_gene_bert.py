@@ -147,6 +147,3 @@ class CellClassificationPipeline(_CellPipeline):
                 outputs = [{"label": None if of_classes else of["label"], "score": float("nan")} for of in outputs]
             found.append(outputs[0] if of_classes and top_k is None else outputs)
         return found
-
-
-__all__ = ["CellClassificationPipeline", "CellEmbeddingPipeline"]

@@ -89,6 +89,3 @@ def mix(z: np.ndarray) -> np.ndarray:
     np.right_shift(z, np.uint64(31), out=shifted)
     z ^= shifted
     return z
-
-
-__all__ = ["happens", "mix", "uniforms"]

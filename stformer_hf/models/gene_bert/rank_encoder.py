@@ -207,6 +207,3 @@ def _check_medians(medians: Any, genes: Sequence[str]) -> np.ndarray:
     if n_missing:
         logger.warning(f"{n_missing} of {len(values)} genes have no median, and never become tokens.{hint}")
     return values
-
-
-__all__ = ["RankEncoder", "read_medians"]

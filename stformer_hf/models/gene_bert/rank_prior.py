@@ -191,6 +191,3 @@ class RankPrior(nn.Module):
         bins.scatter_add_(1, self.bin[entries].long().flatten(1), weight.flatten(1))
         bins = bins.cumsum(1) if side < 0 else bins.flip(1).cumsum(1).flip(1)
         return bins + none[:, None] + 1e-12  # tokens without any order: no information
-
-
-__all__ = ["LEVEL_UNIT", "N_BINS", "RankPrior"]

@@ -120,6 +120,3 @@ def take(tokens: TokenizedCells, cells: np.ndarray) -> TokenizedCells:
         rows,
         tokens.measured if tokens.measured is None or len(tokens.measured) == 1 else tokens.measured[cells],
     )
-
-
-__all__ = ["CellLayout", "TokenizedCells", "take", "with_whole_cells"]

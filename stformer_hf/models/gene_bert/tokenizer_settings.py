@@ -187,16 +187,3 @@ def blocks_of_cells(store) -> list[np.ndarray]:
     """Choose at most 10,000 cells of a store, evenly spread, in blocks of at most 1,000 row numbers."""
     cells = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_TO_FIT)).astype(np.int64))
     return np.array_split(cells, -(-len(cells) // 1000) or 1)
-
-
-__all__ = [
-    "FEW",
-    "FORMAT_VERSION",
-    "OF_MEANING",
-    "OF_READING",
-    "SEPARATOR",
-    "TokenizerSettings",
-    "blocks_of_cells",
-    "check_symbols",
-    "fit_gene_weights",
-]

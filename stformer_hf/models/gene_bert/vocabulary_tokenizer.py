@@ -311,6 +311,3 @@ def _among(ids, wanted: np.ndarray):
     if isinstance(ids, torch.Tensor):
         return torch.isin(ids, torch.as_tensor(wanted, device=ids.device))
     return np.isin(ids, wanted)
-
-
-__all__ = ["VocabularyTokenizer"]

@@ -228,6 +228,3 @@ class WideHead(nn.Module):
             values = torch.where(cells.hidden, means[cells.genes], cells.log_values)
             sums = sum_by_cell(weight, cells, values[None]).squeeze(1)
             return sums - (means * statistics.measured(cells)) @ weight + self.bias.float()
-
-
-__all__ = ["OVERDISPERSION", "CellEmbedding", "CellValues", "GeneStatistics", "WideHead", "sum_by_cell"]
