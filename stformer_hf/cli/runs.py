@@ -21,9 +21,9 @@ from transformers.utils.logging import disable_progress_bar
 from ..genes.wrong_names import must_have, some_of
 from ..sources.formats import expand
 from ..sources.read_anndata import is_anndata_file, read_anndata
-from ..sources.same_cells import join_groups
 from ..space.spatial_graph import spatial_neighbors
 from ..store.cell_store import CellStore
+from ..store.splits import split_groups
 from ..training.cell_trainer import CellTrainer
 from ..training.checkpoints import checkpoint_to_resume, last_whole_checkpoint
 from ..training.loading import holds_model
@@ -219,26 +219,12 @@ def split(
         return store.select(cells), None
     twins = store.select(cells).twins()
     if split_by is not None:
-        held = _hold_out_groups(store, cells, split_by, twins, held_out, seed)
+        must_have(store.obs, "obs", split_by)
+        groups = store.obs[split_by].iloc[cells].astype(object).map(str)
+        held = np.isin(np.arange(len(cells)), split_groups(twins, groups, held_out, seed)[1])
     else:
         held = _hold_out_cells(store, labels, None if codes is None else codes[cells], twins, held_out, seed)
     return store.select(cells[~held]), store.select(cells[held])
-
-
-def _hold_out_groups(
-    store: CellStore, cells: np.ndarray, split_by: str, twins: np.ndarray, held_out: float, seed: int
-) -> np.ndarray:
-    """Choose whole groups of cells to hold out; those that share twins count as one: bool array (n_cells,)."""
-    from sklearn.model_selection import GroupShuffleSplit
-
-    must_have(store.obs, "obs", split_by)
-    groups = store.obs[split_by].astype(object).map(str).to_numpy()[cells]
-    if len(np.unique(twins)) < len(twins):
-        groups = join_groups(groups, twins)
-    if len(np.unique(groups)) < 2:
-        raise ValueError(f"{split_by!r} has only one group among the usable cells: none can be held out.")
-    _, test = next(GroupShuffleSplit(1, test_size=held_out, random_state=seed).split(cells, groups=groups))
-    return np.isin(np.arange(len(cells)), test)
 
 
 def _hold_out_cells(
