@@ -225,7 +225,7 @@ class TokenBudgetBuffer(IterableDataset):
 
     def _open(self, mark: Mapping[str, Any]) -> tuple[Any, Iterator]:
         """Open the stream at a mark; return the stream (None if its state is not exact) and its cells."""
-        if not _has_exact_state(self.stream):
+        if not hasattr(self.stream, "state_dict") or _has_shuffle_buffer(getattr(self.stream, "_ex_iterable", None)):
             return None, islice(self.stream, mark["n_read"], None)
         # A stream of `datasets` starts each iteration at the state that was loaded last, until it is removed.
         if mark["stream"] is not None or hasattr(self.stream, "_ex_iterable"):
@@ -401,11 +401,6 @@ def cells_of_largest_part(stream: IterableDataset) -> int | None:
             raise ValueError(f"The stream has {n_cells} cells for {stream.world_size} processes: use fewer processes.")
         return -(-n_cells // stream.world_size)
     return len(stream) if hasattr(stream, "__len__") and part_of(stream)[1] == 1 else None
-
-
-def _has_exact_state(stream: Any) -> bool:
-    """Return whether a stream can resume exactly from its own state."""
-    return hasattr(stream, "state_dict") and not _has_shuffle_buffer(getattr(stream, "_ex_iterable", None))
 
 
 def _has_shuffle_buffer(examples: Any) -> bool:

@@ -57,7 +57,8 @@ def run() -> dict[str, Any]:
         "python": f"{platform.python_version()}, {platform.platform()}",
     }
     facts |= {name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__}  # with its CUDA
-    facts["processors"] = f"{os.cpu_count()}, of which {_usable_processors()} may be used"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    facts["processors"] = f"{os.cpu_count()}, of which {usable} may be used"
     threads = os.environ.get("OMP_NUM_THREADS")
     facts["torch threads"] = f"{torch.get_num_threads()} (OMP_NUM_THREADS is {threads or 'not set'})"
     facts["GPU"] = _gpus() or "none: models run on the CPU"
@@ -84,10 +85,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "missing"
-
-
-def _usable_processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpus() -> str:

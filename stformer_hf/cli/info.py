@@ -101,6 +101,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
         source = open_source(path, layer)
     except ValueError as error:
         source, why = None, as_flags(str(error), {"layer", "fractional"}).split("no counts found: ")[-1]
+    dtypes = {one.name: next(iter(one.matrix.sample()), np.empty(0)).dtype for one in layers}
     first, known = layers[0], find_format(remote_folder(path) or local_path(path))
     assert known is not None  # its layers were found
     genes, obs = (first.genes(), first.obs()) if source is None else (source.genes, source.obs)
@@ -109,7 +110,7 @@ def cell_facts(path: str, layer: str | None = None) -> tuple[dict[str, Any], Any
         "cells": f"{len(obs):,}",
         "genes": _genes(genes),
         "species": genes.species or "not shown by the ids",
-        "matrices": ", ".join(f"{one.name} ({_dtype(one.matrix)})" for one in layers),
+        "matrices": ", ".join(f"{name} ({dtype})" for name, dtype in dtypes.items()),
     }
     if source is None:
         facts["counts"] = f"none: {why}"
@@ -134,10 +135,6 @@ def _columns(obs: pd.DataFrame) -> str:
         for name, column in obs.items()
     }
     return "; ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "no columns"
-
-
-def _dtype(matrix: Any) -> np.dtype:
-    return next(iter(matrix.sample()), np.empty(0)).dtype
 
 
 def _count_facts(source: Any) -> dict[str, str]:

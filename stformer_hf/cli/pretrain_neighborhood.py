@@ -137,13 +137,10 @@ def run(args: PretrainNeighborhoodArguments, training: dict) -> dict[str, float]
     trainer = NeighborhoodTrainer(
         arguments, train, model=model, eval_dataset=evaluated, baselines=args.baselines and evaluated is not None
     )
-    return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": _held_out(args)}})
-
-
-def _held_out(args: PretrainNeighborhoodArguments) -> str:
+    which = f"{args.held_out:.0%} of the cells, by {args.held_out_by}"
     if args.held_out_sections:
-        return f"sections {', '.join(args.held_out_sections)}"
-    return f"{args.held_out:.0%} of the cells, by {args.held_out_by}"
+        which = f"sections {', '.join(args.held_out_sections)}"
+    return finish(trainer, card={"store": cells.store, "settings": {**neighborhood, "held out": which}})
 
 
 class Sections(NamedTuple):

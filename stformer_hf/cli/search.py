@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
 
 def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     """Search and write the results; return the row of the best trial."""
+    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
     from ..search.search_space import SearchSpace, TrialModel
 
     for module, extra in (("optuna", "search"), ("ray", "ray")):
@@ -68,7 +69,8 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
     space = SearchSpace(args.space)
     if args.model and space.model:
         raise ValueError(f"space: {', '.join(space.model)}: only for a new model; that at {args.model} has its own.")
-    space.check_models(lambda **values: _config(args, values))
+    sizes = {"size": args.size, **(args.model_config or {})}
+    space.check_models(lambda **values: GeneBertConfig.from_size(**{**sizes, **values}))
 
     from ..search.search import best_of, search
     from .pretrain import make_model, make_trainer, prepare
@@ -108,13 +110,6 @@ def run(args: SearchArguments, training: dict[str, Any]) -> pd.Series:
 
     plot_trials(table, space, output / "trials.png", metric=args.metric, direction=args.direction)
     return best
-
-
-def _config(args: SearchArguments, values: dict[str, Any]) -> None:
-    """Make a configuration without data, to check that it is valid."""
-    from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
-
-    GeneBertConfig.from_size(**{"size": args.size, **(args.model_config or {}), **values})
 
 
 def _settings(args: SearchArguments, training: dict[str, Any]) -> dict[str, Any]:

@@ -217,6 +217,7 @@ def perturb(
     edits = GeneEdits(counts, cells.perturbed, kind, quantile)
     perturbations = choose_perturbations(genes, panel, edits.expression, n_null, seed)
     reader.choose_class(predicted, goal, goal_key)
+    weights = reader.model.state_dict()
     settings = {
         "version": __version__,
         "model": str(name_of(model)),
@@ -239,7 +240,7 @@ def perturb(
         "vocabulary_fingerprint": reader.tokenizer.fingerprint,
         "tokenizer": checksum(reader.tokenizer.saved_settings()),
         "genes": checksum(panel.gene_ids.tolist()),
-        "weights": reader.weights_checksum(),
+        "weights": checksum(*(tensor.detach().float().cpu().numpy() for tensor in weights.values())),
         "perturbations": checksum([each.columns for each in perturbations], [each.name for each in perturbations]),
         "cells": checksum(counts.indptr, counts.indices, counts.data, cells.perturbed, cells.goal, cells.donors),
     }
@@ -376,10 +377,6 @@ class _Reader:
                 f"The model predicts a class in each of several label columns ({columns}): name the one whose "
                 f"probability is measured, such as predicted={names[0]!r}."
             )
-
-    def weights_checksum(self) -> str:
-        """Return a checksum of all weights."""
-        return checksum(*(tensor.detach().float().cpu().numpy() for tensor in self.model.state_dict().values()))
 
     def __call__(
         self, counts: sparse.csr_matrix, of_genes: _OfGenes | None = None

@@ -387,13 +387,9 @@ def _with_ray(
             "state": state,
             "score": (trial.last_result or {}).get("objective"),
             "seconds": (trial.last_result or {}).get("time_total_s"),
-            "reason": _last_line(trial.get_error()),
+            "reason": str(error).strip().split("\n")[-1] if (error := trial.get_error()) is not None else None,
             **trial.config,
         }
         for number, (trial, state) in enumerate(ended, 1)
     ]
     return _table(rows, space)
-
-
-def _last_line(error: Exception | None) -> str | None:
-    return None if error is None else str(error).strip().split("\n")[-1]

@@ -219,7 +219,9 @@ def _matrices(handle: FileHandle) -> list[tuple[str, str]]:
     """Return the matrices of an AnnData file: names and keys."""
     if hasattr(handle["obs"], "dtype"):  # one compound array: anndata < 0.7
         return [(name, key) for name, key in (("X", "X"), ("raw", "raw.X")) if key in handle]
-    found = [("X", "X")] if "X" in handle and not _is_null(handle["X"]) else []
+    x = handle["X"] if "X" in handle else None
+    is_null = x is None or x.attrs.get("encoding-type") == "null" or getattr(x, "shape", ()) is None
+    found = [] if is_null else [("X", "X")]
     if "raw" in handle and "X" in handle["raw"]:
         found.append(("raw", "raw/X"))
     return found + [(name, f"layers/{name}") for name in (handle["layers"] if "layers" in handle else [])]
@@ -256,10 +258,6 @@ def _legacy_layers(handle: FileHandle) -> list[Layer]:
         own = raw_var if name == "raw" else var
         found += by_feature_type(name, _on_disk(handle, key), own, lambda: obs, None, var)
     return found
-
-
-def _is_null(node: Any) -> bool:
-    return node.attrs.get("encoding-type") == "null" or getattr(node, "shape", ()) is None
 
 
 def _on_disk(handle: FileHandle, key: str) -> Matrix:

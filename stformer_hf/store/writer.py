@@ -109,7 +109,9 @@ def write_store(
         if base is not None:
             base.must_be_unchanged()  # else cells appended in the meantime would be lost
         plan = _plan(opened, settings, united, row_format, base)
-        prepare(building, plan, stale=_may_be_stale(building, plan))
+        # In its last phase, which renames the shards, an interrupted build may hold outdated cells of an AnnData.
+        stale = None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
+        prepare(building, plan, stale)
         pieces = list(_pieces(building, opened, settings, united, obs, row_format, duplicates))
         duplicates.begin(pieces)
         records = _base_records(building, base) + _write_pieces(pieces, opened, settings, duplicates)
@@ -215,14 +217,6 @@ def prepare(building: Path, plan: dict, stale: bool = False) -> None:
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     write_json(plan_file, plan)
-
-
-def _may_be_stale(building: Path, plan: dict) -> bool:
-    """Return whether an interrupted build may hold outdated cells of an AnnData in memory.
-
-    This is so if a source was in memory and the build was stopped in its last phase, which renames the shards.
-    """
-    return None in plan["sources"] and any([*building.glob("data-*"), *building.glob("shuffled.json")])
 
 
 def _base_records(building: Path, base: StoreReader | None) -> list[dict]:

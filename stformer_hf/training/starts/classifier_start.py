@@ -130,7 +130,11 @@ def start_classifier(
     to all cells.
     """
     columns = labelled_cells(model.config, labels, balanced)
-    learnt = [_Column(of, cells, new_embedding, seed, twins) for of in columns if not _is_constant(of)]
+    learnt = [
+        _Column(of, cells, new_embedding, seed, twins)
+        for of in columns
+        if of.problem.kind != _OF_CLASSES or len(np.unique(of.labels)) > 1  # else all cells have the same class
+    ]
     if new_embedding:
         features: CellFeatures = ViewFeatures(model, tokenizer, cells)
     else:
@@ -157,11 +161,6 @@ def start_classifier(
         starts[column.name] = column.start(states)
     _write(model, columns, readers, starts)
     return starts
-
-
-def _is_constant(cells: LabelledCells) -> bool:
-    """Return whether all cells of a label column have the same class."""
-    return cells.problem.kind == _OF_CLASSES and len(np.unique(cells.labels)) < 2
 
 
 class _Column:
