@@ -25,8 +25,6 @@ from ..training.cell_heads import CellHead, read_heads
 from ..training.loading import name_of
 from .batches import TokenBatch, at_work, is_classifier, load, read_batches
 
-logger = logging.getLogger(__name__)
-
 MODEL, MODEL_INT8, SETTINGS = "model.onnx", "model_int8.onnx", "onnx_settings.json"
 _TOLERANCE = 1e-3  # of outputs, relative to the largest one
 _BATCHES = (1, 4, 27)  # cells of the batches that are compared

@@ -160,10 +160,14 @@ def _tell(
 
 def _with_optuna(trainer: CellTrainer, space: SearchSpace, output: Path, *settings: Any) -> pd.DataFrame:
     import optuna
+    import sqlalchemy
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # trials are printed here
     path = output / "study.db"
-    storage = _storage(path)
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+    except (sqlalchemy.exc.DatabaseError, RuntimeError) as error:
+        raise ValueError(f"{path} is not a study of optuna: {error}") from error
     try:
         return _continue_study(trainer, space, path, storage, *settings)
     finally:
@@ -238,16 +242,6 @@ def _continue_study(
     finally:
         del trainer.train
     return _table(_rows(study), space)
-
-
-def _storage(path: Path) -> Any:
-    import optuna
-    import sqlalchemy
-
-    try:
-        return optuna.storages.RDBStorage(f"sqlite:///{path}")
-    except (sqlalchemy.exc.DatabaseError, RuntimeError) as error:
-        raise ValueError(f"{path} is not a study of optuna: {error}") from error
 
 
 def _check_settings(study: Any, path: Path, wanted: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,6 @@ from . import compact_rows
 
 if TYPE_CHECKING:
     from datasets import Features
-
-logger = logging.getLogger(__name__)
 
 COUNT_TYPES = ("uint8", "uint16", "uint32", "float32")  # from narrow to wide
 _WHOLE_IN_FLOAT32 = 1 << 24  # float32 holds every whole number up to here
