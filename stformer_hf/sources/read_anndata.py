@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from anndata.io import read_elem, read_h5ad, read_zarr
+from anndata.io import read_elem, read_h5ad, read_zarr, sparse_dataset
 from anndata.utils import make_index_unique
 from scipy import sparse
 
@@ -48,7 +49,7 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     layer : str, optional
         The layer to read, and for MuData and SpatialData the modality or table; see `choose_table`.
     backed : bool, default: False
-        Leave the matrix of an h5ad file on disk. For other files the chosen table is read completely.
+        Leave X, raw and the layers of an h5ad file on disk. For other files the chosen table is read completely.
 
     Returns
     -------
@@ -77,7 +78,7 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
         if known is not None and known.name != "h5ad":
             return _read_counts(path, layer)
         with naming(path, "h5ad"):
-            return read_h5ad(path, backed="r" if backed else None), layer
+            return _read_backed(path) if backed else read_h5ad(path), layer
     found = read_layers(path)
     with naming(path):
         if not isinstance(found, Tables):
@@ -90,6 +91,21 @@ def read_anndata(path: str | Path, layer: str | None = None, backed: bool = Fals
     if found.kind == "table":
         add_coordinates(adata, lambda: _import_spatialdata().read_zarr(path, selection=_ELEMENTS), str(path))
     return adata, layer
+
+
+def _read_backed(path: Path) -> AnnData:
+    """Read an h5ad file without its matrices: anndata itself reads the layers of a backed file into memory."""
+    with h5py.File(path, "r") as file:
+        if "encoding-type" not in file.attrs or not len(file.get("layers", ())):
+            return read_h5ad(path, backed="r")
+        axes = ("obs", "var", "obsm", "varm", "obsp", "varp", "uns")
+        parts = {name: read_elem(file[name]) for name in axes if name in file}
+        if "raw" in file:
+            parts["raw"] = {name: read_elem(file["raw"][name]) for name in ("var", "varm") if name in file["raw"]}
+    adata = AnnData(**parts, filename=path, filemode="r")
+    for name, node in adata.file["layers"].items():
+        adata.layers[name] = sparse_dataset(node) if isinstance(node, h5py.Group) else node
+    return adata
 
 
 def _read_counts(path: Path, layer: str | None) -> tuple[AnnData, str | None]:

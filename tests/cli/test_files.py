@@ -46,10 +46,16 @@ def run(verb: str, *argv) -> None:
 def test_the_matrices_of_a_file_stay_on_disk_and_are_copied(verb, file, model, adata, tmp_path, monkeypatch):
     """The file that is written is the input with the results, as if it had been read whole."""
     seen, write = [], files.write
-    monkeypatch.setattr(files, "write", lambda found, *of: seen.append(found) or write(found, *of))
+
+    def see(found, *of):
+        seen.append((found.isbacked, type(found.layers["spliced"])))
+        write(found, *of)
+
+    monkeypatch.setattr(files, "write", see)
     before, output = read_h5ad(file), tmp_path / "out.h5ad"
     run(verb, "--data", file, "--model", model, "--output", output)
-    assert seen[0].isbacked
+    is_backed, of_layer = seen[0]
+    assert is_backed and not issubclass(of_layer, (sparse.spmatrix, sparse.sparray, np.ndarray))
     (embed if verb == "embed" else annotate)(before, model)
     found = read_h5ad(output)
     for part in ("obsm", "varm", "obsp", "layers", "uns", "obs", "var"):
