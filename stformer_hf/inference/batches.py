@@ -6,9 +6,11 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4096
 _BLOCKS_PER_TASK = 4
+_T = TypeVar("_T")
 
 
 def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
@@ -239,6 +242,7 @@ class _Work:
                 cells=cells,
                 packed=packs(self.model),
                 max_length=self.max_length,
+                ahead=self.model.device.type != "cpu",  # which would not wait for the model
             )
             for batch in batches:
                 batch = batch.to(self.model.device)
@@ -303,6 +307,7 @@ def read_batches(
     cells: range | None = None,
     packed: bool = False,
     max_length: int | None = None,
+    ahead: bool = False,
 ) -> Iterator[TokenBatch]:
     """Tokenize the cells of a source, and yield them in batches of similar length.
 
@@ -322,6 +327,8 @@ def read_batches(
         Whether to pack the batches instead of padding them, see `make_batch`.
     max_length : int, optional
         Maximum number of tokens per cell, by default the tokenizer's.
+    ahead : bool, default: False
+        Whether a thread tokenizes the next block while the caller works on the batches of one.
 
     Yields
     ------
@@ -332,24 +339,10 @@ def read_batches(
         raise ValueError(f"batch_size={batch_size}: must be at least 1.")
     if not source.shape[0]:
         raise ValueError("The AnnData has no cells.")
-    names = (source.genes.gene_ids, source.genes.symbols)
     cells = range(source.shape[0]) if cells is None else cells
-    start, around = cells.start, None
-    if tokenizer.neighborhood:
-        graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
-        around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
+    tokenized = _tokenize(source, tokenizer, cells, with_phenotypes, max_length)
     with tqdm(total=len(cells), desc=desc, unit="cell", disable=True if cells.start or desc is None else None) as bar:
-        for block in source.blocks(_ROWS_PER_BLOCK, cells.start, cells.stop):
-            stop = start + block.shape[0]
-            tokens = tokenizer.encode_cells(
-                block,
-                genes=names,
-                obs=source.obs.iloc[start:stop],
-                fractional=source.fractional,
-                neighborhood=None if around is None else around[start:stop],
-                for_inference=not with_phenotypes,
-                max_length=max_length,
-            )
+        for start, tokens in _one_ahead(tokenized) if ahead else tokenized:
             lengths = np.diff(tokens.indptr)
             order = np.argsort(-lengths, kind="stable")
             first = 0
@@ -361,7 +354,43 @@ def read_batches(
                 yield make_batch(take(tokens, some), start + some, tokenizer, packed)
                 bar.update(len(some))
                 first += n
-            start = stop
+
+
+def _tokenize(
+    source: Source, tokenizer: GeneTokenizer, cells: range, with_phenotypes: bool, max_length: int | None
+) -> Iterator[tuple[int, TokenizedCells]]:
+    """Yield the row of the first cell of each block, and the tokens of the block; see `read_batches`."""
+    names = (source.genes.gene_ids, source.genes.symbols)
+    start, around = cells.start, None
+    if tokenizer.neighborhood:
+        graph = source.neighbors(NEIGHBORS).rows(0, source.shape[0])
+        around = sum_of_neighbors(graph, sparse.vstack(list(source.blocks(_ROWS_PER_BLOCK)), format="csr"))
+    for block in source.blocks(_ROWS_PER_BLOCK, cells.start, cells.stop):
+        stop = start + block.shape[0]
+        tokens = tokenizer.encode_cells(
+            block,
+            genes=names,
+            obs=source.obs.iloc[start:stop],
+            fractional=source.fractional,
+            neighborhood=None if around is None else around[start:stop],
+            for_inference=not with_phenotypes,
+            max_length=max_length,
+        )
+        yield start, tokens
+        start = stop
+
+
+def _one_ahead(items: Iterator[_T]) -> Iterator[_T]:
+    """Yield the items of an iterator; a thread makes the next one while the caller works on one."""
+    with ThreadPoolExecutor(1) as thread:
+
+        def make() -> list[_T]:
+            return list(islice(items, 1))
+
+        coming = thread.submit(make)
+        while made := coming.result():
+            coming = thread.submit(make)
+            yield from made
 
 
 def make_batch(tokens: TokenizedCells, rows: np.ndarray, tokenizer: GeneTokenizer, packed: bool) -> TokenBatch:

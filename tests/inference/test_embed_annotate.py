@@ -1,12 +1,14 @@
 """embed and annotate against the model on one cell at a time."""
 
+import threading
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
 from scipy import sparse
-from transformers import AutoModel, BertConfig, BertForMaskedLM
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from stformer_hf import (
     GeneBertConfig,
@@ -20,6 +22,7 @@ from stformer_hf import (
 )
 from stformer_hf.batches.evaluating import evaluating
 from stformer_hf.inference import batches
+from stformer_hf.sources.open_source import open_source
 
 
 @pytest.fixture
@@ -140,6 +143,37 @@ def test_blocks_keep_the_order_of_the_cells(checkpoints, adata, monkeypatch):
     monkeypatch.setattr("stformer_hf.inference.batches._ROWS_PER_BLOCK", 11)
     embed(adata, checkpoints["mlm"], key_added="X_blocks")
     np.testing.assert_allclose(adata.obsm["X_blocks"], whole, atol=1e-6)
+
+
+def test_the_next_block_is_tokenized_while_the_model_reads_one(checkpoints, adata, monkeypatch):
+    begun, encode = threading.Semaphore(0), GeneTokenizer.encode_cells
+    monkeypatch.setattr(batches, "_ROWS_PER_BLOCK", 10)
+
+    def encode_cells(self, block, **options):
+        begun.release()
+        if block.shape[0] < 10:
+            raise ValueError("the last block is short")
+        return encode(self, block, **options)
+
+    monkeypatch.setattr(GeneTokenizer, "encode_cells", encode_cells)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["mlm"])
+    found = batches.read_batches(open_source(adata[:25]), tokenizer, 10, desc=None, ahead=True)
+    rows = next(found).rows
+    assert begun.acquire(timeout=60) and begun.acquire(timeout=60)  # of the second block, too
+    assert not begun.acquire(timeout=0.2)  # no third block in memory
+    assert sorted([*rows, *next(found).rows]) == list(range(20))
+    with pytest.raises(ValueError, match="the last block is short"):  # an error of the thread
+        next(found)
+
+
+def test_a_model_elsewhere_than_on_the_cpu_does_not_wait_for_tokens(checkpoints, adata, monkeypatch):
+    asked, read = [], batches.read_batches
+    monkeypatch.setattr(batches, "read_batches", lambda *of, ahead, **how: asked.append(ahead) or read(*of, **how))
+    embed(adata, checkpoints["mlm"])
+    monkeypatch.setattr(GeneBertModel, "device", torch.device("meta"))  # a device that is not the CPU
+    monkeypatch.setattr(batches.TokenBatch, "to", lambda batch, device: batch)
+    embed(adata, checkpoints["mlm"])
+    assert asked == [False, True]
 
 
 def test_a_file_with_embeddings_is_written_and_read(checkpoints, adata, tmp_path):
