@@ -17,6 +17,11 @@ components and with a logistic regression, all fitted to the reference.
 
 "across": the same methods, the demo's cells onto the CITE-seq cells and back. Types of the demo get the names of
 `CITESEQ_TYPES`; cells of other types are left out, and all methods read the genes that both data sets measure.
+
+"mixing": stimulated cells of pbmc_ifnb, which have no types, are mapped onto unstimulated ones, half of these by three
+seeds; so is the other half. The labels are Leiden clusters of the reference. Counted are the rejected cells, and how
+well the query and as many cells of the reference mix (iLISI, 0 to 1), by a model that saw the reference without labels
+and in 50 principal components of the reference. --picture draws the first seed.
 """
 
 from __future__ import annotations
@@ -45,12 +50,13 @@ from .quality_baselines import Baselines, LogView, log_normalise
 from .quality_data import GROUP, LABEL, Split, full_splits, load
 from .quality_models import spectral_start
 
-TABLES = ("rejection", "mapping", "across")
+TABLES = ("rejection", "mapping", "across", "mixing")
 SETS = ("demo", "citeseq", "geact", "geact_plates")
 REJECT = 0.05
 LEAST_CELLS = 20
 N_NEIGHBORS = 15
 N_FOLDS = 5
+N_SEEDS = 3
 # Types of the demo, by the names of the CITE-seq types; written before any result was seen.
 CITESEQ_TYPES = {
     "CD19+ B": "B",
@@ -76,12 +82,13 @@ def run(arguments: list[str]) -> None:
     parser.add_argument(
         "--output", type=Path, default="benchmark_annotate.json", help="JSON file to write; other rows in it are kept"
     )
+    parser.add_argument("--picture", type=Path, help="PNG to write: stimulated cells among the reference (mixing)")
     args = parser.parse_args(arguments)
     about = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "reject": REJECT}
     about |= {name: version(name) for name in ("stformer_hf", "torch", "scikit-learn")}
-    found: dict[str, Any] = {"rejection": [], "mapping": []}
+    found: dict[str, Any] = {"rejection": [], "mapping": [], "mixing": []}
     if args.output.exists():
-        found = json.loads(args.output.read_text(encoding="utf-8"))
+        found |= json.loads(args.output.read_text(encoding="utf-8"))
     found["about"] = about
     for name in args.sets:
         try:
@@ -97,6 +104,14 @@ def run(arguments: list[str]) -> None:
                 _add(args.output, found, "mapping", map_split(name, cells, split))
     if "across" in args.tables and {"demo", "citeseq"} <= set(args.sets):
         _add(args.output, found, "mapping", map_across(args.data_folder))
+    if "mixing" in args.tables:
+        try:
+            cells = load("ifnb", args.data_folder, full=True)
+        except FileNotFoundError as error:
+            print(f"skipped mixing: {error}", file=sys.stderr)
+        else:
+            for seed in range(N_SEEDS):
+                _add(args.output, found, "mixing", mix(cells, seed, args.picture if seed == 0 else None))
     print(tables(found))
 
 
@@ -340,12 +355,54 @@ def map_onto(name: str, seed: int, reference: AnnData, query: AnnData) -> list[d
     return records
 
 
+# ---------------------------------------------------------------------- mixing
+
+
+def mix(cells: AnnData, seed: int, picture: Path | None = None) -> list[dict[str, Any]]:
+    """Map stimulated cells, and as many others, onto half of the unstimulated cells: a record for each method."""
+    import scanpy as sc
+
+    import stformer_hf
+    from stformer_hf.evaluation.integration import batch_ilisi
+
+    rng = np.random.default_rng(seed)
+    ctrl, stim = (rng.permutation(np.flatnonzero(cells.obs[LABEL] == name)) for name in ("ctrl", "stim"))
+    n = min(len(ctrl) // 2, len(stim))
+    reference = cells[np.sort(ctrl[:n])].copy()
+    view, model = LogView(reference.X), spectral_start(AnnData(reference.X, var=reference.var), seed)
+    reference.obsm["X_pca"] = view.project(reference.X)
+    sc.pp.neighbors(reference, use_rep="X_pca", random_state=seed)
+    sc.tl.leiden(reference, key_added=LABEL, flavor="igraph", n_iterations=2, directed=False, random_state=seed)
+    records = []
+    for name, rows in (("stim onto ctrl", stim[:n]), ("ctrl onto ctrl", ctrl[n : 2 * n])):
+        query = AnnData(cells.X[np.sort(rows)], obs=cells.obs.iloc[np.sort(rows)][[]], var=cells.var)
+        began = time.perf_counter()
+        stformer_hf.map_to_reference(query, reference, model, label_key=LABEL, reject=REJECT)
+        rejected = (query.obs["mapped_label"] == "unknown").to_numpy()
+        seconds = time.perf_counter() - began
+        is_query = np.repeat([0, 1], n)
+        by_pca = _by_neighbors(reference, query, np.zeros(0))[2]
+        for method, of, among in (
+            ("map_to_reference, no labels", rejected, (reference.obsm["X_stformer"], query.obsm["X_stformer"])),
+            ("pca50_knn", by_pca, (reference.obsm["X_pca"], view.project(query.X))),
+        ):
+            ilisi = batch_ilisi(np.concatenate(among), is_query)
+            records.append({"set": name, "seed": seed, "method": method, "n": n, "ilisi": ilisi})
+            records[-1] |= {"rejected": float(of.mean()), "seconds": round(seconds, 1)}
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+        if picture is not None and name == "stim onto ctrl":
+            title = "Stimulated cells (query) among unstimulated cells; clusters of the reference"
+            stformer_hf.pl.mapping(query, reference, "mapped_label", reference_color=LABEL, title=title, save=picture)
+    return records
+
+
 # ---------------------------------------------------------------------- tables
 
 
 def tables(found: dict[str, Any]) -> str:
     """Write the records as tables."""
-    return "\n\n".join([rejection_table(found["rejection"]), mapping_table(found["mapping"])])
+    parts = [rejection_table(found["rejection"]), mapping_table(found["mapping"]), mixing_table(found["mixing"])]
+    return "\n\n".join(parts)
 
 
 def rejection_table(records: list[dict[str, Any]]) -> str:
@@ -390,6 +447,18 @@ def mapping_table(records: list[dict[str, Any]]) -> str:
             f"| {name} | {method} | {np.mean([one['accuracy'] for one in of]):.3f} | {each} | "
             f"{np.mean([one['balanced_accuracy'] for one in of]):.3f} | "
             f"{f'{np.mean(rejected):.3f}' if rejected else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def mixing_table(records: list[dict[str, Any]]) -> str:
+    """Return means over the seeds, and the range of the mixing."""
+    lines = ["| query | method | iLISI (range) | rejected |", "|---|---|---|---|"]
+    for name, method, of in _by_method(records):
+        each = [one["ilisi"] for one in of]
+        lines.append(
+            f"| {name} | {method} | {np.mean(each):.3f} ({min(each):.3f} to {max(each):.3f}) | "
+            f"{np.mean([one['rejected'] for one in of]):.3f} |"
         )
     return "\n".join(lines)
 

@@ -662,7 +662,7 @@ def _open_folder(folder: Path, settings: dict, state: PartialState | None) -> No
         if not manifest.exists():
             if any(folder.glob("[!.]*")):
                 raise ValueError(f"{folder} holds other files: choose an empty folder.")
-            _write(manifest, json.dumps(settings, indent=1))
+            _write(manifest, json.dumps(settings, indent=1, default=lambda number: number.item()))  # numpy's numbers
     if state is not None:
         state.wait_for_everyone()
     found = json.loads(manifest.read_text(encoding="utf-8"))

@@ -277,6 +277,15 @@ def test_cells_without_a_group_are_left_out(cells, caplog):
         perturb(unknown, model, [gene], **{**settings, "goal": "nan"})
 
 
+def test_groups_may_be_numbers_of_numpy(cells, tmp_path):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, gene = make_model(tokenizer), cells.var_names[1]
+    settings = {"tokenizer": tokenizer, "goal_key": "group", "n_null": 0, "output": tmp_path / "p"}
+    cells.obs["group"] = np.arange(len(cells)) % 2
+    found = perturb(cells, model, [gene], goal=cells.obs["group"].iloc[0], **settings)
+    pd.testing.assert_frame_equal(found, perturb(cells, model, [gene], goal=0, **settings))  # resumed
+
+
 def test_the_null_has_no_gene_that_was_asked_for(cells, tmp_path):
     tokenizer = make_tokenizer(cells, "binned")
     genes = cells.var_names[1:5].tolist()
