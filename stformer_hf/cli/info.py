@@ -224,7 +224,7 @@ def _n_weights(folder: Path) -> int | None:
 def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str, str]:
     """Compare cells with a model: the genes they share, and what it takes to embed and to train, measured on a few."""
     from ..models.gene_bert.gene_matcher import coverage_of
-    from ..training.loading import load_tokenizer
+    from ..training.loading import is_adapter, load_tokenizer
 
     if source is None:
         raise ValueError(f"{args.path} has no counts, so --model cannot be compared with it ({counts}).")
@@ -240,7 +240,10 @@ def _fit_facts(source: Any, counts: str | None, args: InfoArguments) -> dict[str
     }
     if share["weight"] >= tokenizer.min_coverage and not tokenizer.neighborhood:
         rows = np.unique(np.linspace(0, source.shape[0] - 1, min(_N_TIMED, source.shape[0])).astype(np.int64))
-        for name, work in (("embed", _embedding), ("train an epoch", _training)) if len(rows) else ():
+        works = [("embed", _embedding)]
+        if not is_adapter(args.model):  # whose base would be trained on masked genes, without it
+            works.append(("train an epoch", _training))
+        for name, work in works if len(rows) else ():
             facts[f"to {name}"] = _cost(work(source, rows, args.model), len(rows), source.shape[0])
     return facts
 

@@ -127,6 +127,16 @@ def test_a_model_and_how_it_fits(model, adata, tmp_path, capsys):
     assert "is a model" in capsys.readouterr().err
 
 
+def test_how_an_adapter_fits(model, adata, tmp_path, capsys):
+    peft = pytest.importorskip("peft")
+    base = GeneBertForClassification.from_pretrained(tmp_path / "model")
+    peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS")).save_pretrained(tmp_path / "adapter")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    fit = facts(capsys, tmp_path / "cells.h5ad", "--model", tmp_path / "adapter")
+    assert fit["model's genes"].startswith("30 of 40") and fit["to embed"].startswith("about")
+    assert "to train an epoch" not in fit
+
+
 def test_what_does_not_exist(tmp_path, capsys):
     assert main(["info", str(tmp_path / "none.h5ad")]) == 1
     assert "No such file" in capsys.readouterr().err

@@ -276,12 +276,14 @@ def test_logarithms_are_not_taken_for_estimated_counts(tokenizer, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    "values", ["logarithms", "estimates", "scaled", "shares", "largest alike", "logarithms of some genes"]
+    "values",
+    ["logarithms", "estimates", "large estimates", "scaled", "shares", "largest alike", "logarithms of some genes"],
 )
 def test_logarithms_that_are_read_as_counts_are_named(values, tokenizer, model, tmp_path, caplog):
     counts = np.random.default_rng(0).poisson(3, (40, 5)) + [1.0, 0, 0, 0, 0]
     scaled = 1e4 * counts / counts.sum(axis=1, keepdims=True)
     of = {"logarithms": np.log1p(scaled), "estimates": counts + 0.25, "scaled": scaled}
+    of["large estimates"] = of["estimates"] * np.where(np.arange(40) % 2, 1, 1000)[:, None]  # exp(x) is infinite
     of["shares"] = scaled / 1e8  # x is nearly exp(x) - 1
     of["largest alike"] = np.where(np.arange(5) == 2, 20, counts)  # the sum of exp(x) - 1 is that of the largest
     X = of.get(values, np.log1p(scaled) * [1, 1, 1, 1, 0]).astype(np.float32)
