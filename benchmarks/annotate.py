@@ -51,7 +51,7 @@ from .quality_data import GROUP, LABEL, Split, full_splits, load
 from .quality_models import spectral_start
 
 TABLES = ("rejection", "mapping", "across", "mixing")
-SETS = ("demo", "citeseq", "geact", "geact_plates")
+SETS = ("demo", "citeseq", "geact", "geact_plates", "ifnb")
 REJECT = 0.05
 LEAST_CELLS = 20
 N_NEIGHBORS = 15
@@ -92,9 +92,13 @@ def run(arguments: list[str]) -> None:
     found["about"] = about
     for name in args.sets:
         try:
-            cells = load(name, args.data_folder)
+            cells = load(name, args.data_folder, full=name == "ifnb")
         except FileNotFoundError as error:
             print(f"skipped {name}: {error}", file=sys.stderr)
+            continue
+        if name == "ifnb":  # it has no types
+            for seed in range(N_SEEDS) if "mixing" in args.tables else ():
+                _add(args.output, found, "mixing", mix(cells, seed, args.picture if seed == 0 else None))
             continue
         if "rejection" in args.tables:
             for left_out in choose_types(cells, args.types):
@@ -104,14 +108,6 @@ def run(arguments: list[str]) -> None:
                 _add(args.output, found, "mapping", map_split(name, cells, split))
     if "across" in args.tables and {"demo", "citeseq"} <= set(args.sets):
         _add(args.output, found, "mapping", map_across(args.data_folder))
-    if "mixing" in args.tables:
-        try:
-            cells = load("ifnb", args.data_folder, full=True)
-        except FileNotFoundError as error:
-            print(f"skipped mixing: {error}", file=sys.stderr)
-        else:
-            for seed in range(N_SEEDS):
-                _add(args.output, found, "mixing", mix(cells, seed, args.picture if seed == 0 else None))
     print(tables(found))
 
 

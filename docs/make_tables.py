@@ -410,6 +410,11 @@ def annotate_mapping(results: dict, across: bool = False) -> str:
     return _of_annotate([row for row in results["mapping"] if (" onto " in row["set"]) == across], "mapping_table")
 
 
+def annotate_mixing(results: dict) -> str:
+    """Return how stimulated cells mix with unstimulated ones, and how many are rejected."""
+    return _of_annotate(results["mixing"], "mixing_table")
+
+
 def _of_annotate(records: list[dict], table: str) -> str:
     sys.path.insert(0, str(ROOT))
     from benchmarks import annotate
@@ -459,6 +464,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "annotate_2026-11-29": annotate_rejection,
     "annotate_2026-11-29 mapping": annotate_mapping,
     "annotate_2026-11-29 across": partial(annotate_mapping, across=True),
+    "annotate_2026-11-29 mixing": annotate_mixing,
     "network_2026-11-29": network,
     "scale_2026-11-29": scale_sizes,
     "scale_cold_2026-11-29": scale_memory,

@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
 
-from benchmarks.annotate import _add
+from benchmarks.annotate import _add, mix, mixing_table
 from benchmarks.network import _compare
 
 
@@ -20,6 +23,25 @@ def test_rows_of_an_earlier_run_are_kept_unless_they_are_measured_again(tmp_path
     _add(tmp_path / "a.json", found, "mapping", mapped)
     _add(tmp_path / "a.json", found, "mapping", mapped[:1])
     assert found["mapping"] == mapped[::-1]
+
+
+def test_cells_of_a_condition_are_mapped_onto_the_others(tmp_path):
+    """Those that differ are rejected and do not mix; those that do not differ mix."""
+    rng = np.random.default_rng(0)
+    rates = rng.lognormal(0, 1, 300)
+    changed = rates * np.where(np.arange(300) < 60, 6, 1)
+    conditions = np.repeat(["ctrl", "stim"], [1600, 810])
+    counts = rng.poisson(np.where((conditions == "stim")[:, None], changed, rates)).astype(np.float32)
+    obs = pd.DataFrame({"label": pd.Categorical(conditions)}, index=[f"c{i}" for i in range(2410)])
+    var = pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(300)])
+    records = mix(AnnData(sparse.csr_matrix(counts), obs=obs, var=var), 0, tmp_path / "mixing.png")
+    assert (tmp_path / "mixing.png").exists() and len(records) == 4
+    stim, ctrl = (one for one in records if one["method"] == "map_to_reference, no labels")
+    assert stim["n"] == ctrl["n"] == 800
+    assert stim["ilisi"] < 0.1 and stim["rejected"] > 0.5
+    assert ctrl["ilisi"] > 0.5 and ctrl["rejected"] < 0.15
+    table = mixing_table(records).splitlines()
+    assert len(table) == 6 and table[2].startswith("| stim onto ctrl | map_to_reference, no labels | 0.0")
 
 
 def test_networks_are_compared_pair_by_pair_of_models(tmp_path):
