@@ -1,5 +1,8 @@
 """Rejection of cells, calibration, and what annotate writes beside the label."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -191,8 +194,18 @@ def test_the_temperature_undoes_that_of_the_outputs():
 
 
 def test_the_card_says_what_the_calibration_holds_for(classifier, tmp_path):
+    results = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("annotate_*.json"))[-1]
+    (row,) = (
+        row
+        for row in json.loads(results.read_text())["rejection"]
+        if (row["set"], row["method"]) == ("geact_plates", "annotate")
+    )
+    most = max(of["rejected"] for of in row["per_class"].values() if of["n"] >= 20)
+    of_benchmark = f"rejected {row['known_rejected']:.1%} of the known cells of other plates, and up to {most:.0%} of"
+    of_benchmark = of_benchmark.replace("%", " %")
     for settings, told in (({"calibration_error": 0.02}, True), ({}, False)):
         write_model_card(tmp_path, model=classifier, tokenizer=classifier.tokenizer, settings=settings)
         text = (tmp_path / "README.md").read_text()
         assert ("another donor, plate or protocol are not" in text) == told
         assert ("| calibration_error | 0.02 |" in text) == told
+        assert (of_benchmark in text) == told
