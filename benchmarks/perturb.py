@@ -70,7 +70,7 @@ def run(arguments: list[str]) -> None:
 def _speed(quick: bool, turns: int) -> dict:
     folder = Path(tempfile.mkdtemp(prefix="benchmark-"))
     n_genes, n_cells = (5, 10) if quick else (20, 50)
-    most, fewer = (20, 5) if quick else (200, 50)
+    most, fewer, many = (20, 5, 20) if quick else (200, 50, 1000)
     size = {"n_genes": n_genes, "n_cells": n_cells}
     contenders = {
         "grid, packed": ("benchmarks.perturb:grid", {**size, "start": "random"}),
@@ -83,6 +83,10 @@ def _speed(quick: bool, turns: int) -> dict:
         "grid, [CLS] alone": ("benchmarks.perturb:grid", {**size, "start": "zero"}),
         f"grid, [CLS] alone, {fewer} genes": ("benchmarks.perturb:grid", {**size, "n_genes": fewer, "start": "zero"}),
         f"grid, [CLS] alone, {most} genes": ("benchmarks.perturb:grid", {**size, "n_genes": most, "start": "zero"}),
+        f"grid, [CLS] alone, {most} genes x {many:,} cells": (
+            "benchmarks.perturb:grid",
+            {"n_genes": most, "n_cells": many, "start": "zero"},
+        ),
     }
     try:
         _prepare(folder)
