@@ -49,6 +49,8 @@ def read(
             raise ValueError(f"--layer {layer}: {data} is a store, which holds the counts of one layer.")
         return CellStore(data), None
     adata, layer = read_anndata(data, layer, backed=blockwise)
+    if output is not None and Path(output).suffix.lower() == ".zarr":
+        _check_names(adata, output)
     if adata.isbacked and isinstance(adata.file["obs"], h5py.Dataset):  # anndata < 0.7, which `write` cannot add to
         return adata.to_memory(), layer
     return adata, layer
@@ -67,6 +69,17 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
     if of_zarr and output.is_file():
         raise ValueError(f"--output {output} is a file, and a zarr is a folder; choose another name.")
     check_free(output, overwrite)
+
+
+def _check_names(adata: AnnData, output: str) -> None:
+    """Raise a ValueError for a name that a zarr cannot hold, before the work."""
+    for part in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+        for name in getattr(adata, part):
+            if "/" in str(name):
+                raise ValueError(
+                    f"--output {output}: a zarr cannot hold names with a slash, such as {part}[{str(name)!r}]. Rename "
+                    "it, or write .h5ad."
+                )
 
 
 @contextmanager

@@ -107,6 +107,15 @@ def test_the_suffix_says_what_is_written(file, store, model, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_names_that_a_zarr_cannot_hold_are_named_before_the_work(adata, model, tmp_path, capsys, monkeypatch):
+    adata.obs["x/y"] = 1
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    monkeypatch.setattr("stformer_hf.inference.embed.load", None)
+    words = ["--data", str(tmp_path / "a.h5ad"), "--model", model, "--output", str(tmp_path / "out.zarr")]
+    assert main(["embed", *words]) == 1
+    assert "a zarr cannot hold names with a slash, such as obs['x/y']" in capsys.readouterr().err
+
+
 def test_what_annotate_prints(adata):
     labels = np.array(["a"] * 50 + ["unknown"] * 6 + [None] * 4, dtype=object)
     adata.obs["stformer_label"], adata.obs["stformer_kind_label"] = pd.Categorical(labels), pd.Categorical(["b"] * 60)
