@@ -110,7 +110,7 @@ def annotate(
     0.05), and for the other labels together. The share holds for cells that are exchangeable with the training cells.
     Cells of another donor, plate or protocol are not: more of them are rejected.
     How typical a cell is combines its highest probability and its distance to the nearest centroid of a class. A model
-    that cross-validation chose to train beyond its start has no centroids: its probability alone counts, and it rejects
+    that cross-validation chose to train beyond its start has no centroids: its probability alone counts. It rejects
     fewer cells, since the models of the cross-validation are trained on fewer cells and are less certain.
 
     The threshold of an ancestor comes from the training cells whose predicted label is one of its classes, so it too
