@@ -104,13 +104,13 @@ def gene_embeddings(
     name = name_of(model)
     encoder, tokenizer = load(model, tokenizer, AutoModel)
     _refuse_neighborhoods(tokenizer)
-    chosen = _indices(genes, tokenizer)
     encoder = encoder.base_model
     if adata is None:
-        found = _static(encoder, tokenizer, chosen)
+        found = _static(encoder, tokenizer, _indices(genes, tokenizer))
     else:
         check_hidden_layer(encoder, hidden_layer)
         source = open_source(adata, layer, fractional)
+        chosen = _indices(genes, tokenizer, adata, source)
         types = _groups(source, cell_type_key)
         with at_work(encoder, device):
             batches = read_batches(source, tokenizer, batch_size, desc="gene states")
@@ -435,7 +435,7 @@ def gene_network(
     if isinstance(genes, (int, np.integer)):
         n_genes = int(genes)
     else:
-        named = _indices(genes, tokenizer)
+        named = _indices(genes, tokenizer, adata, source)
         n_genes = len(named)
     n_groups = len(group_of.categories)
     if n_genes < 2:
@@ -631,14 +631,25 @@ def _places_of(chosen: np.ndarray, tokenizer: GeneTokenizer) -> np.ndarray:
     return places
 
 
-def _indices(genes: Sequence[str] | None, tokenizer: GeneTokenizer) -> np.ndarray:
-    """Return the indices of genes, by id or symbol, each once: int64 array."""
+def _indices(
+    genes: Sequence[str] | None, tokenizer: GeneTokenizer, adata: AnnData | None = None, source: Source | None = None
+) -> np.ndarray:
+    """Return the indices of genes, each once: int64 array.
+
+    They are found by id or symbol, and last by the names of the columns of `adata`, if it is an AnnData.
+    """
     if genes is None:
         return np.arange(len(tokenizer.genes))
     if isinstance(genes, str):
         raise ValueError(f"genes must be a list, got the string {genes!r}: pass [{genes!r}].")
     names = list(genes)
     found = tokenizer.find_genes(names)
+    if source is not None and isinstance(adata, AnnData) and adata.n_vars == len(source.genes):
+        columns = tokenizer.find_genes(source.genes.gene_ids, source.genes.symbols)
+        pairs = zip(adata.var_names[::-1].astype(str), columns[::-1].tolist(), strict=True)  # the first one stays
+        of_column = {name: gene for name, gene in pairs if gene >= 0}
+        for at in np.flatnonzero(found < 0):
+            found[at] = of_column.get(str(names[at]), -1)
     unknown = [name for name, gene in zip(names, found, strict=True) if gene < 0]
     if unknown:
         raise ValueError(

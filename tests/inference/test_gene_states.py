@@ -259,6 +259,17 @@ def test_a_model_whose_genes_have_no_effect_on_one_another_has_no_network(model,
     assert np.nanmax(gene_network(model, adata, genes=4, min_cells=1, method="gradient").scores["all"]) > 0
 
 
+def test_genes_are_found_by_the_names_of_the_columns_too(model, adata):
+    """As by perturb: names that were made unique, `genes=adata.var_names[:9]`."""
+    ids = adata.var_names[[5, 2]].tolist()
+    adata.var["gene_id"], adata.var_names = adata.var_names, [f"G{i}--1" for i in range(N_GENES)]
+    for use in (
+        lambda genes: gene_embeddings(model, adata=adata, genes=genes).X,
+        lambda genes: gene_network(model, adata, genes=genes, min_cells=1).scores["all"],
+    ):
+        np.testing.assert_array_equal(use(["G5--1", "G2--1"]), use(ids))
+
+
 def test_what_is_refused(model, adata, caplog):
     with pytest.raises(ValueError, match="6,000 genes in 1 groups has 36,000,000 pairs.*at most 5,000"):
         gene_network(model, adata, genes=6_000)
