@@ -606,10 +606,13 @@ def _coexpression(
 
 def _most_expressed(source: Source, columns: np.ndarray, n: int) -> np.ndarray:
     """Return the n genes that most cells express, ascending: int64 array."""
-    known = columns >= 0
-    n_cells = np.zeros(columns.max(initial=0) + 1, np.int64)
+    known = np.flatnonzero(columns >= 0)
+    n_genes = columns.max(initial=-1) + 1
+    to_genes = sparse.csr_array((np.ones(len(known)), (known, columns[known])), shape=(len(columns), n_genes))
+    n_cells = np.zeros(n_genes, np.int64)
     for block in source.blocks(_ROWS_PER_BLOCK):
-        np.add.at(n_cells, columns[known], np.bincount(block.indices, minlength=len(columns))[known])
+        of_genes = sparse.csr_array(block) @ to_genes  # a cell counts once, whatever its entries and columns of a gene
+        n_cells += np.bincount(of_genes.indices, minlength=n_genes)
     return np.sort(np.argsort(-n_cells, kind="stable")[: min(n, int((n_cells > 0).sum()))])
 
 

@@ -7,7 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from conftest import make_adata
+from scipy import sparse
 
 from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, gene_embeddings, gene_network
 from stformer_hf.inference.gene_states import nearest_genes, symmetric
@@ -268,6 +270,20 @@ def test_genes_are_found_by_the_names_of_the_columns_too(model, adata):
         lambda genes: gene_network(model, adata, genes=genes, min_cells=1).scores["all"],
     ):
         np.testing.assert_array_equal(use(["G5--1", "G2--1"]), use(ids))
+
+
+def test_genes_that_most_cells_express_are_counted_by_cell(model, adata):
+    """Neither repeated entries of a matrix nor two columns of a gene count twice."""
+    ones, twos = np.zeros((2, N_CELLS, N_GENES), np.float32)
+    ones[:14, 6:11], twos[:8, :6], twos[:8, 11:] = 1, 1, 1  # counts of 1 in 14 cells, and of 2 in 8
+    rows, genes = np.nonzero(np.hstack([ones, twos, twos]))
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=N_CELLS))])
+    repeated = sparse.csr_matrix((np.ones(len(rows), np.float32), genes % N_GENES, indptr), (N_CELLS, N_GENES))
+    assert not repeated.has_canonical_format
+    columns = AnnData(sparse.csr_matrix(np.hstack([ones + twos, twos])), var=pd.concat([adata.var, adata.var]))
+    for cells in (AnnData(repeated, var=adata.var), columns):
+        found = gene_network(model, cells, genes=5, min_cells=1).genes["gene_id"]
+        assert found.tolist() == adata.var_names[6:11].tolist()
 
 
 def test_what_is_refused(model, adata, caplog):
