@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from anndata import AnnData
+from scipy import sparse
 from transformers import AutoModelForSequenceClassification
 
 from stformer_hf import CellNeighborhoodConfig, CellStore, GeneBertForClassification
@@ -125,6 +126,17 @@ def test_a_model_and_how_it_fits(model, adata, tmp_path, capsys):
         assert abs(total - of_some * 150 / 64) < 0.1
     assert main(["info", str(tmp_path / "model"), "--model", "x"]) == 1
     assert "is a model" in capsys.readouterr().err
+
+
+def test_repeated_entries_are_one_gene(adata, tmp_path, capsys):
+    X = adata.X.tocsr()
+    twice = np.repeat(X.data, 2) * np.tile([1, 2], X.nnz)
+    adata.X = 3 * X
+    adata.write_h5ad(tmp_path / "plain.h5ad")
+    adata.X = sparse.csr_matrix((twice, np.repeat(X.indices, 2), X.indptr * 2), X.shape)
+    adata.write_h5ad(tmp_path / "repeated.h5ad")
+    plain, repeated = (facts(capsys, tmp_path / f"{name}.h5ad")["per cell"] for name in ("plain", "repeated"))
+    assert plain == repeated
 
 
 def test_how_an_adapter_fits(model, adata, tmp_path, capsys):

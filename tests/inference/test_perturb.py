@@ -351,6 +351,24 @@ def test_repeated_columns_are_one_gene(cells):
     np.testing.assert_allclose(found["shift"], wanted["shift"], rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+@pytest.mark.parametrize("kind", ["delete", "inhibit"])
+def test_repeated_entries_are_one_count(cells, kind, dtype):
+    tokenizer = make_tokenizer(cells, "binned")
+    model, genes = make_model(tokenizer), cells.var_names[[1, 4]].tolist()
+    settings = {"tokenizer": tokenizer, "kind": kind, "n_null": 0, "fractional": dtype == np.float32}
+    cells.X = (cells.X * (1.5 if dtype == np.float32 else 1)).astype(dtype)
+    expected, X = perturb(cells, model, genes, **settings), cells.X.tocsr()
+    ones = np.ones(X.nnz, dtype) / (4 if dtype == np.float32 else 1)
+    values = np.stack([ones, X.data - ones], axis=1).ravel()  # a count of 1 is 1 + 0
+    repeated = cells.copy()
+    repeated.X = sparse.csr_matrix((values.astype(dtype), np.repeat(X.indices, 2), X.indptr * 2), X.shape)
+    before = repeated.X.copy()
+    pd.testing.assert_frame_equal(perturb(repeated, model, genes, **settings), expected)
+    for name in ("data", "indices", "indptr"):  # the user's matrix stays as it is
+        np.testing.assert_array_equal(getattr(repeated.X, name), getattr(before, name))
+
+
 def test_a_count_may_outgrow_the_type_of_the_file(cells):
     genes = cells.var_names[:2].to_numpy(object)
     panel = Panel(genes, genes, make_tokenizer(cells, "binned"))
