@@ -6,6 +6,7 @@ from conftest import checkpoint_activations
 from plain_gene_bert import plain_encoder
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -307,6 +308,26 @@ def test_a_last_layer_that_is_not_plain_is_applied_as_it_is():
     states, linear = torch.randn(4, 6), nn.Linear(6, 13)
     for layer in (linear, nn.Sequential(linear), nn.Linear(6, 13, bias=False)):
         assert torch.equal(heads.linear_filled_up(states, layer), layer(states))
+
+
+def test_only_a_layer_of_weight_and_bias_alone_is_filled_up():
+    def is_plain(change=None, **settings) -> bool:
+        linear = nn.Linear(6, 13, **settings)
+        if change is not None:
+            change(linear)
+        return heads._is_plain(linear)
+
+    def double(module, *inputs_and_outputs):
+        return inputs_and_outputs[-1] * 2
+
+    assert is_plain()
+    assert not is_plain(bias=False) and not heads._is_plain(nn.Sequential(nn.Linear(6, 13)))
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        assert not is_plain(lambda linear, name=f"register_{register}": getattr(linear, name)(double)), register
+    assert not is_plain(lambda linear: setattr(linear, "forward", lambda states: states))  # as accelerate does
+    for name in ("weight", "bias"):  # computed before each call
+        assert not is_plain(lambda linear, name=name: prune.random_unstructured(linear, name, 2)), name
+        assert not is_plain(lambda linear, name=name: parametrize.register_parametrization(linear, name, nn.Tanh()))
 
 
 @pytest.mark.gpu

@@ -18,10 +18,9 @@ def linear_filled_up(states: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     """Apply a linear layer, which in half precision on a GPU is filled up to a multiple of 8 outputs.
 
     cuBLAS has no kernel of a recent GPU for other numbers. The result (…, n_outputs) is without these columns. A layer
-    that is not a plain one, such as an adapter's, or whose weight is elsewhere (offloaded, or in parts), is applied as
-    it is.
+    that is not plain, or whose weight is elsewhere (offloaded, or in parts), is applied as it is.
     """
-    if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter or linear.bias is None:
+    if not _is_plain(linear):
         return linear(states)
     weight, n, missing = linear.weight, linear.out_features, -linear.out_features % 8
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
@@ -29,6 +28,14 @@ def linear_filled_up(states: torch.Tensor, linear: nn.Module) -> torch.Tensor:
     if not missing or not is_here or dtype not in (torch.bfloat16, torch.float16):
         return linear(states)
     return _linear_with_columns(states, weight, linear.bias, missing)[..., :n]
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether a layer computes its weight and bias alone: no adapter, quantization or pruning, and no hooks."""
+    if type(linear) is not nn.Linear or "forward" in vars(linear):  # accelerate's hooks are in `forward`
+        return False
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return not any(hooks) and all(type(of) is nn.Parameter for of in (linear.weight, linear.bias))
 
 
 def _linear_with_columns(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, n: int) -> torch.Tensor:
