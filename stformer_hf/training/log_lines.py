@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
@@ -71,20 +72,24 @@ def describe_logs(logs: Mapping[str, Any]) -> list[str]:
 
     Small shares of padding and waiting are left out, and the losses of a single class of tokens, which are the loss.
     """
-    total = logs.get("loss", logs.get("eval_loss"))
+    numbers = {name: float(value) for name, value in logs.items() if isinstance(value, Real)}
+    total = numbers.get("loss", numbers.get("eval_loss", math.nan))
     of_classes = [name for name in logs if name.endswith(("_loss", "_nll")) and not name.endswith(_NOT_OF_A_CLASS)]
-    one_class = total is not None and len({name.rsplit("_", 1)[0] for name in of_classes}) == 1
+    one_class = len({name.rsplit("_", 1)[0] for name in of_classes}) == 1
     found = []
     for name, value in logs.items():
-        is_small = name.endswith(("padding_share", "wait_share")) and value < _SMALL
-        is_total = one_class and name in of_classes and math.isclose(value, total, rel_tol=1e-2)
+        number = numbers.get(name, math.nan)
+        is_small = name.endswith(("padding_share", "wait_share")) and number < _SMALL
+        is_total = one_class and name in of_classes and math.isclose(number, total, rel_tol=1e-2)
         if name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS) or is_small or is_total:
             continue
         text = name.removesuffix("_per_second").removesuffix("_mb").replace("_", " ")
-        if name.endswith("_per_second"):
-            found.append(f"{float(value):,.0f} {text}/s")
+        if name not in numbers:
+            found.append(f"{text} {value}")
+        elif name.endswith("_per_second"):
+            found.append(f"{number:,.0f} {text}/s")
         elif name.endswith("_mb"):
-            found.append(f"{text} {float(value):,.0f} MB")
+            found.append(f"{text} {number:,.0f} MB")
         elif name.endswith(_SHARES) and isinstance(value, float):
             found.append(f"{text} {value:.1%}")
         else:

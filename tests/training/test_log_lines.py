@@ -1,5 +1,6 @@
 """What a run writes to the screen: a line per log, no dicts."""
 
+import math
 import re
 from types import SimpleNamespace
 
@@ -59,3 +60,33 @@ def test_the_loss_of_a_single_class_of_tokens_and_small_shares_are_left_out():
     baselines = {"eval_loss": 1.5, "eval_genes_nll": 1.5, "eval_gene_marginal_nll": 1.07, "eval_uniform_nll": 1.8}
     assert describe_logs(baselines) == ["eval loss 1.5", "eval gene marginal nll 1.07"]
     assert describe_logs({"peak_memory_mb": 1234.5}) == ["peak memory 1,234 MB"]
+    assert describe_logs({"padding_share": 0.01, "data_wait_share": 0.04, "mfu": 0.01}) == ["mfu 1.0%"]
+    swaps = {
+        "eval_loss": 2.0,
+        "eval_own_context_nll": 1.8,
+        "eval_swapped_context_nll": 1.9,
+        "eval_context_swap_gap": 0.1,
+    }
+    assert describe_logs(swaps) == ["eval loss 2", "eval context swap gap 0.1"]
+
+
+def test_the_loss_of_one_of_two_classes_is_shown_if_it_is_also_the_loss():
+    two = {"loss": 1.6, "genes_loss": 1.6, "phenotypes_loss": 1.6}
+    assert describe_logs(two) == ["loss 1.6", "genes loss 1.6", "phenotypes loss 1.6"]
+
+
+def test_what_is_no_number_is_written_as_it_is():
+    logs = {"loss": 1.0, "genes_loss": None, "padding_share": None, "wait_share": "4%", "cells_per_second": None}
+    assert describe_logs(logs) == ["loss 1", "genes loss None", "padding share None", "wait share 4%", "cells None"]
+    assert describe_logs({"loss": math.nan, "genes_loss": math.nan}) == ["loss nan", "genes loss nan"]
+    assert describe_logs({"peak_memory_mb": "unknown", "step": 3}) == ["peak memory unknown", "step 3"]
+
+
+def test_a_training_without_steps_has_no_bar_and_the_bar_of_an_evaluation_writes_its_lines(capsys):
+    callback, control, written = LogLines(), TrainerControl(), []
+    args, state = SimpleNamespace(disable_tqdm=False), TrainerState(max_steps=0)
+    callback.on_train_begin(args, state, control)
+    assert callback.training_bar is None
+    callback.prediction_bar = SimpleNamespace(write=written.append)
+    callback.on_log(args, state, control, logs={"eval_loss": 1.0})
+    assert written == ["eval loss 1"] and capsys.readouterr().out == ""
