@@ -340,7 +340,10 @@ def _is_figure(name: str, value: object) -> bool:
 
 
 # The figures that a command prints at its end, if there are any.
-_AT_THE_END = ("train_loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "cells_per_second", "peak_memory_mb")
+_AT_THE_END = (
+    *("train_loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "eval_r2", "cells_per_second", "peak_memory_mb"),
+    "gpu_memory_mb",
+)
 
 
 def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
@@ -349,6 +352,8 @@ def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
 
     with writing(output):
         figures = run()
+    if PartialState().device.type == "cuda" and "peak_memory_gb" in figures:  # that of torch, not of the process
+        figures = {**figures, "gpu_memory_mb": 1e3 * figures["peak_memory_gb"]}
     if PartialState().is_main_process:
         shown = describe_logs({name: figures[name] for name in _AT_THE_END if name in figures})
         print(f"{output}: {' | '.join(shown)}")

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from conftest import make_adata
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from stformer_hf import CellStore, GeneBertConfig, GeneTokenizer
-from stformer_hf.cli import VERBS, arguments, as_flags, guarded, main
+from stformer_hf.cli import VERBS, arguments, as_flags, guarded, main, runs
 from stformer_hf.cli.files import writing
 from stformer_hf.cli.pretrain import PretrainArguments
 from stformer_hf.store import replacing
@@ -68,6 +69,18 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     assert "GeneBertForPhenotypicMLM" in card and "library_name: transformers" in card and "| steps | 2 |" in card
     assert "2 classes: B cell, T cell" in (classifier / "README.md").read_text()
     assert json.loads((pretrained / "trainer_state.json").read_text())["global_step"] == 2
+
+
+def test_the_last_line_has_the_main_figures(tmp_path, monkeypatch, capsys):
+    figures = {"train_loss": 1.25, "peak_memory_mb": 1234.4, "peak_memory_gb": 13.3, "cells_per_second": 8.0}
+    figures |= {"eval_mae": 2.0, "eval_r2": 0.75, "eval_macro_f1": 0.5, "eval_accuracy": 0.25, "eval_loss": 1.5}
+    shown = "train loss 1.25 | eval loss 1.5 | eval accuracy 25.0% | eval macro f1 50.0% | eval r2 0.75 | 8 cells/s"
+    for device, gpu_memory in (("cpu", ""), ("cuda", " | gpu memory 13,300 MB")):
+        state = SimpleNamespace(is_main_process=True, device=torch.device(device))
+        monkeypatch.setattr(runs, "PartialState", lambda state=state: state)
+        runs.run_and_print(str(tmp_path / "out"), lambda: figures)
+        line = f"{tmp_path / 'out'}: {shown} | peak memory 1,234 MB{gpu_memory}\n"
+        assert capsys.readouterr().out == line
 
 
 def test_a_classifier_that_is_not_trained_has_no_figures_of_training(file, tmp_path, capsys):
@@ -435,6 +448,24 @@ def test_the_split_keeps_shares_of_classes_and_leaves_out_empty_cells(adata, tmp
     assert len(train) + len(held_out) == 59, "cells 7 and 8 have one of the labels"
     both = pd.concat([train.obs, held_out.obs]).value_counts(columns)
     assert ((held_out.obs.value_counts(columns) - both / 4).abs() < 1).all()
+
+
+def test_one_group_of_usable_cells_cannot_be_held_out(adata, tmp_path):
+    adata.obs["donor"] = np.where(adata.obs["cell_type"] == "T cell", "d1", "d2")
+    adata.obs.loc[adata.obs["donor"] == "d2", "cell_type"] = None
+    store = CellStore.build(tmp_path / "s", adata, obs=["cell_type", "donor"], report=False)
+    assert all(len(part) for part in runs.split(store, 0.3, 1, split_by="donor"))
+    with pytest.raises(ValueError, match="the same 'donor': nothing to hold out"):
+        runs.split(store, 0.3, 1, ["cell_type"], split_by="donor")
+    with pytest.raises(ValueError, match=r"There is no obs\['patient'\]"):
+        runs.split(store, 0.3, 1, split_by="patient")
+
+
+def test_cells_without_a_group_are_a_group(adata, tmp_path):
+    adata.obs["donor"] = np.where(adata.obs["cell_type"] == "T cell", "d1", None)
+    store = CellStore.build(tmp_path / "s", adata, obs=["donor"], report=False)
+    parts = runs.split(store, 0.3, 1, split_by="donor")
+    assert sorted(part.obs["donor"].isna().mean() for part in parts) == [0, 1]
 
 
 def test_a_rare_class_does_not_end_the_shares_of_the_others(adata, tmp_path, caplog):
