@@ -26,5 +26,5 @@ def test_code_that_is_not_first_on_the_path_is_refused(tmp_path):
 
 
 def test_the_ratio_is_that_of_the_medians_and_the_range_that_of_the_turns():
-    found = commits._compared([1.0, 2.0, 4.0], [2.0, 3.0, 4.0])
-    assert found == {"old": 2.0, "new": 3.0, "ratio": 1.5, "range": [1.0, 2.0]}
+    found = commits._compared([1.0, 2.0, 4.0], [2.0, 3.0, 12.0])
+    assert found == {"old": 2.0, "new": 3.0, "ratio": 1.5, "range": [1.5, 3.0]}

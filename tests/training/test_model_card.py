@@ -30,6 +30,7 @@ from stformer_hf import (
     STFormerPretrainer,
     __version__,
 )
+from stformer_hf.compat.scdl_collection import SingleCellCollection
 from stformer_hf.training import card_facts, model_card
 from stformer_hf.training.card_facts import gene_coverage, last_metrics, settings_of
 from stformer_hf.training.loading import is_hub_id
@@ -134,6 +135,7 @@ def test_a_folder_of_the_code_serves_without_installation(adata, tokenizer, tmp_
     path = write_model_card(tmp_path, model=make_model(tokenizer), tokenizer=tokenizer, store=cells)
     assert f"stformer_hf {__version__}" in (tmp_path / "cells" / "manifest.json").read_text()
     assert f"stformer_hf {__version__}, " in path.read_text()
+    assert SingleCellCollection(tmp_path / "scdl").version() == f"stformer_hf {__version__}"
 
 
 def test_the_precision_is_that_of_the_weights(cells, genes, tmp_path):
