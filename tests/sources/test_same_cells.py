@@ -9,6 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from anndata import AnnData, concat
 from hypothesis import given
@@ -187,6 +188,16 @@ def test_cells_that_two_sources_share_are_counted(tmp_path, caplog, n_same):
     caplog.clear()
     CellStore.build(tmp_path / "u", [first, second], allow_duplicates=True, report=False)
     assert "in the store twice" not in caplog.text
+
+
+@pytest.mark.parametrize(("n_alike", "expected"), [(1, []), (2, []), (3, [(3, 0, 1)])])
+def test_as_many_cells_as_match_by_chance_are_not_counted(n_alike, expected):
+    """A barcode in both sources has the same counts by chance 1/20; of two pairs of sources, 2/20**2 is over 1e-3."""
+    first, second = barcodes(20, 1), barcodes(20, 2)
+    found = same_cells.SameCells([pa.array(first), pa.array([*first[:n_alike], *second[n_alike:]])])
+    cells = np.stack([np.arange(20) + 5, np.arange(20) + 1], axis=1).astype(np.float32)  # 20 kinds
+    assert found.add(0, cells) is found.add(1, cells) is None
+    assert found.shared() == expected
 
 
 def test_a_matrix_without_its_ambient_counts_is_the_same_cells(tmp_path):
