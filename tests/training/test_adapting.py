@@ -37,7 +37,7 @@ def test_an_adapter_folder_annotates_and_names_its_base(base, adata, tmp_path, c
     data = ["--data", str(tmp_path / "cells.h5ad")]
     command = ["finetune", *data, "--label_key", "cell_type", "--output", str(adapter), *FLAGS]
     assert main([*command, "--model", str(base), "--lora"]) == 0
-    assert "eval_accuracy" in capsys.readouterr().out
+    assert "eval accuracy" in capsys.readouterr().out
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert (settings["r"], settings["base_model_name_or_path"]) == (8, str(base))
     assert not (adapter / "model.safetensors").exists()
