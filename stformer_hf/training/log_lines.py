@@ -19,7 +19,7 @@ _LEFT_OUT = ("total_flos", "grad_norm", "epoch")
 _SHORT = 20  # seconds: a shorter wait needs no line
 _LEFT_OUT_ENDS = (
     *("_runtime", "_samples_per_second", "_steps_per_second", "_model_preparation_time", "peak_memory_gb"),
-    *("uniform_nll", "own_context_nll", "swapped_context_nll"),  # the gap of the last two is shown
+    *("uniform_nll", "b0_nll", "own_context_nll", "swapped_context_nll"),  # the gap of the last two is shown
 )
 _NOT_OF_A_CLASS = ("eval_loss", "train_loss", "uniform_nll", "marginal_nll", "context_nll")
 _SMALL = 0.05  # shares of padding and of waiting for data below this are no news

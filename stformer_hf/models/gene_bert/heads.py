@@ -64,7 +64,8 @@ class GeneBertMLMHead(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return logits (…, vocab_size) of hidden states (…, hidden)."""
-        return linear_filled_up(self.before_decoder(hidden_states), self.decoder)
+        states = self.before_decoder(hidden_states)
+        return linear_filled_up(states, self.decoder) if self.training else self.decoder(states)
 
     def before_decoder(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return the input of the last layer (…, hidden)."""
