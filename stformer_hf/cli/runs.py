@@ -339,21 +339,17 @@ def _is_figure(name: str, value: object) -> bool:
     return name.startswith("eval_") and isinstance(value, (int, float)) and not of_speed
 
 
-# The figures that a command prints at its end, if there are any.
-_AT_THE_END = (
-    *("train_loss", "eval_loss", "eval_accuracy", "eval_macro_f1", "eval_r2", "cells_per_second", "peak_memory_mb"),
-    "gpu_memory_mb",
-)
-
-
 def run_and_print(output: str, run: Callable[[], dict[str, float]]) -> None:
     """Train, with no other command at work in the output folder, and print the main metrics in the main process."""
-    from ..training.log_lines import describe_logs
+    from ..training.log_lines import without_details
 
     with writing(output):
         figures = run()
-    if PartialState().device.type == "cuda" and "peak_memory_gb" in figures:  # that of torch, not of the process
-        figures = {**figures, "gpu_memory_mb": 1e3 * figures["peak_memory_gb"]}
     if PartialState().is_main_process:
-        shown = describe_logs({name: figures[name] for name in _AT_THE_END if name in figures})
-        print(f"{output}: {' | '.join(shown)}")
+        shown = without_details({name: value for name, value in figures.items() if name not in _DETAILS})
+        if PartialState().device.type == "cuda" and "peak_memory_gb" in figures:  # it is that of the GPU
+            shown["peak_gpu_memory_gb"] = figures["peak_memory_gb"]
+        print(f"{output}: " + ", ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+
+
+_DETAILS = ("steps_per_second", "tokens_per_second", "padding_share", "data_wait_share")  # which the log has

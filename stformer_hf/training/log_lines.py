@@ -67,8 +67,8 @@ class LogLines(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
 
-def describe_logs(logs: Mapping[str, Any]) -> list[str]:
-    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without the less useful ones.
+def without_details(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a log without what few people look at; it stays in trainer_state.json and the reports.
 
     Small shares of padding and waiting are left out, and the losses of a single class of tokens, which are the loss.
     """
@@ -76,20 +76,23 @@ def describe_logs(logs: Mapping[str, Any]) -> list[str]:
     total = numbers.get("loss", numbers.get("eval_loss", math.nan))
     of_classes = [name for name in logs if name.endswith(("_loss", "_nll")) and not name.endswith(_NOT_OF_A_CLASS)]
     one_class = len({name.rsplit("_", 1)[0] for name in of_classes}) == 1
-    found = []
+    found = {}
     for name, value in logs.items():
         number = numbers.get(name, math.nan)
         is_small = name.endswith(("padding_share", "wait_share")) and number < _SMALL
         is_total = one_class and name in of_classes and math.isclose(number, total, rel_tol=1e-2)
-        if name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS) or is_small or is_total:
-            continue
-        text = name.removesuffix("_per_second").removesuffix("_mb").replace("_", " ")
-        if name not in numbers:
-            found.append(f"{text} {value}")
-        elif name.endswith("_per_second"):
-            found.append(f"{number:,.0f} {text}/s")
-        elif name.endswith("_mb"):
-            found.append(f"{text} {number:,.0f} MB")
+        if not (name in _LEFT_OUT or name.endswith(_LEFT_OUT_ENDS) or is_small or is_total):
+            found[name] = value
+    return found
+
+
+def describe_logs(logs: Mapping[str, Any]) -> list[str]:
+    """Return the entries of a log as text, such as `loss 1.234` and `640 cells/s`, without details."""
+    found = []
+    for name, value in without_details(logs).items():
+        text = name.removesuffix("_per_second").replace("_", " ")
+        if name.endswith("_per_second") and isinstance(value, Real):
+            found.append(f"{float(value):,.0f} {text}/s")
         elif name.endswith(_SHARES) and isinstance(value, float):
             found.append(f"{text} {value:.1%}")
         else:

@@ -43,7 +43,7 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
     out = run("build", "--data", file, "--output", store, "--obs", "cell_type", "age")
     assert "60 cells, 40 genes, obs: cell_type, age" in out
     out = run("pretrain", "--data", store, "--output", pretrained, "--phenotypes", "cell_type", *SHORT)
-    ends = rf"^{re.escape(str(pretrained))}: train loss \S+ \| eval loss \S+ \| .+ cells/s \| peak memory .+ MB$"
+    ends = rf"^{re.escape(str(pretrained))}: train_loss \S+, cells_per_second \S+, peak_memory_mb \S+, eval_loss \S+"
     assert re.search(ends, out, re.MULTILINE)
     config = GeneBertConfig.from_pretrained(pretrained)
     assert (config.hidden_size, config.num_hidden_layers) == (128, 2)
@@ -73,13 +73,14 @@ def test_from_files_to_labels_and_embeddings(file, tmp_path, capsys):
 
 def test_the_last_line_has_the_main_figures(tmp_path, monkeypatch, capsys):
     figures = {"train_loss": 1.25, "peak_memory_mb": 1234.4, "peak_memory_gb": 13.3, "cells_per_second": 8.0}
-    figures |= {"eval_mae": 2.0, "eval_r2": 0.75, "eval_macro_f1": 0.5, "eval_accuracy": 0.25, "eval_loss": 1.5}
-    shown = "train loss 1.25 | eval loss 1.5 | eval accuracy 25.0% | eval macro f1 50.0% | eval r2 0.75 | 8 cells/s"
-    for device, gpu_memory in (("cpu", ""), ("cuda", " | gpu memory 13,300 MB")):
+    figures |= {"tokens_per_second": 99.0, "padding_share": 0.5, "data_wait_share": 0.5, "steps_per_second": 2.0}
+    figures |= {"eval_loss": 1.5, "eval_genes_loss": 1.5, "eval_accuracy": 0.25, "eval_majority_accuracy": 0.125}
+    shown = "train_loss 1.25, peak_memory_mb 1234, cells_per_second 8, eval_loss 1.5, eval_accuracy 0.25, "
+    for device, gpu_memory in (("cpu", ""), ("cuda", ", peak_gpu_memory_gb 13.3")):
         state = SimpleNamespace(is_main_process=True, device=torch.device(device))
         monkeypatch.setattr(runs, "PartialState", lambda state=state: state)
         runs.run_and_print(str(tmp_path / "out"), lambda: figures)
-        line = f"{tmp_path / 'out'}: {shown} | peak memory 1,234 MB{gpu_memory}\n"
+        line = f"{tmp_path / 'out'}: {shown}eval_majority_accuracy 0.125{gpu_memory}\n"
         assert capsys.readouterr().out == line
 
 

@@ -59,7 +59,6 @@ def test_the_loss_of_a_single_class_of_tokens_and_small_shares_are_left_out():
     assert describe_logs(of_a_dataset) == ["eval blood loss 1.5"]
     baselines = {"eval_loss": 1.5, "eval_genes_nll": 1.5, "eval_gene_marginal_nll": 1.07, "eval_uniform_nll": 1.8}
     assert describe_logs(baselines) == ["eval loss 1.5", "eval gene marginal nll 1.07"]
-    assert describe_logs({"peak_memory_mb": 1234.5}) == ["peak memory 1,234 MB"]
     assert describe_logs({"padding_share": 0.01, "data_wait_share": 0.04, "mfu": 0.01}) == ["mfu 1.0%"]
     swaps = {
         "eval_loss": 2.0,
@@ -79,7 +78,7 @@ def test_what_is_no_number_is_written_as_it_is():
     logs = {"loss": 1.0, "genes_loss": None, "padding_share": None, "wait_share": "4%", "cells_per_second": None}
     assert describe_logs(logs) == ["loss 1", "genes loss None", "padding share None", "wait share 4%", "cells None"]
     assert describe_logs({"loss": math.nan, "genes_loss": math.nan}) == ["loss nan", "genes loss nan"]
-    assert describe_logs({"peak_memory_mb": "unknown", "step": 3}) == ["peak memory unknown", "step 3"]
+    assert describe_logs({"cells_per_second": "unknown", "step": 3}) == ["cells unknown", "step 3"]
 
 
 def test_a_training_without_steps_has_no_bar_and_the_bar_of_an_evaluation_writes_its_lines(capsys):
