@@ -22,7 +22,7 @@ _LEFT_OUT_ENDS = (
     *("uniform_nll", "b0_nll", "own_context_nll", "swapped_context_nll"),  # the gap of the last two is shown
 )
 _NOT_OF_A_CLASS = ("eval_loss", "train_loss", "uniform_nll", "marginal_nll", "context_nll")
-_SMALL = 0.05  # shares of padding and of waiting for data below this are no news
+_SMALL = 0.05  # shares of padding and of waiting for data below this are not shown
 
 
 class LogLines(ProgressCallback):

@@ -162,8 +162,10 @@ def test_no_logits_are_held_on_a_gpu():
     pytest.importorskip("liger_kernel")
     n_labels, n_genes, width = 8192, 30_000, 128
     torch.manual_seed(0)
+    # Logits of about 1, as models have them: rounded to bfloat16, larger ones change losses and gradients by percents.
     states, weight, bias = (
-        torch.randn(shape, device="cuda") for shape in ((n_labels, width), (n_genes, width), n_genes)
+        scale * torch.randn(shape, device="cuda")
+        for scale, shape in ((width**-0.5, (n_labels, width)), (1, (n_genes, width)), (0.1, n_genes))
     )
     labels, found = torch.randint(n_genes, (n_labels,), device="cuda"), []
     for fused in (False, True):
@@ -182,6 +184,8 @@ def test_no_logits_are_held_on_a_gpu():
         peak = torch.cuda.max_memory_allocated() - before
         assert (peak < 4 * n_labels * n_genes) == fused
     torch.testing.assert_close(found[1][0], found[0][0], atol=1e-2, rtol=1e-2)
-    assert (found[1][1] == found[0][1]).float().mean() > 0.98
+    exact = nn.functional.linear(states, weight, bias)
+    for _, predicted, *_ in found:  # the highest logit, as far as bfloat16 tells
+        assert (exact.max(-1).values - exact.gather(1, predicted[:, None])[:, 0]).max() < 0.1
     for fused, plain in zip(found[1][2:], found[0][2:], strict=True):
         assert (fused - plain).norm() < 1e-2 * plain.norm()

@@ -374,7 +374,7 @@ def warn_of_logarithms(indptr: np.ndarray, values: np.ndarray, where: str) -> No
     of_cells = [values[indptr[i] : indptr[i + 1]].astype(np.float64) for i in cells]
     with np.errstate(over="ignore", invalid="ignore"):
         exact = np.array([np.expm1(of).sum() for of in of_cells])
-        if not np.isfinite(exact).all():  # a value above 709 is no logarithm of a count
+        if not np.isfinite(exact).all():  # a value above 709 is not the logarithm of a count
             return
         others = [np.array([of.sum() for of in of_cells]), np.array([of.max() for of in of_cells])]
         alike = [np.ptp(found) <= 1e-3 * found.max() for found in (exact, *others)]
