@@ -142,9 +142,6 @@ def _count_facts(source: Any) -> dict[str, str]:
     if block is None:
         return {}
     of = "all" if block.shape[0] == source.shape[0] else f"the first {block.shape[0]:,}"
-    if not block.has_canonical_format:
-        block = block.copy()  # it may be a view of the user's matrix
-        block.sum_duplicates()
     totals = np.asarray(block.sum(axis=1)).ravel()
     return {
         "per cell": f"{np.median(np.diff(block.indptr)):,.0f} genes and {np.median(totals):,.0f} counts "

@@ -61,7 +61,7 @@ class Panel:
         self._tokenizer = tokenizer
 
     def merge(self, counts: sparse.csr_matrix) -> sparse.csr_matrix:
-        """Sum the columns of each gene, and repeated entries: int32 counts, or fractional ones, (n_cells, n_kept)."""
+        """Sum the columns of each gene: int32 counts, or fractional ones as they are, (n_cells, n_kept)."""
         if counts.dtype.kind != "f":
             counts = counts.astype(np.int32)  # an edit may need more than the narrow type of the file
         n_columns, n_kept = len(self._kept_of), len(self.names)
@@ -69,9 +69,7 @@ class Panel:
             ones = np.ones(n_columns, counts.dtype)
             counts = counts @ sparse.csr_matrix((ones, (np.arange(n_columns), self._kept_of)), (n_columns, n_kept))
         counts = sparse.csr_matrix(counts)
-        if not counts.has_canonical_format:  # an edit finds one entry of a gene
-            counts = counts.copy()  # it may be a view of the user's matrix
-            counts.sum_duplicates()
+        counts.sort_indices()
         return counts
 
     def column(self, name: str) -> int:

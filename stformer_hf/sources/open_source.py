@@ -64,7 +64,8 @@ class Counts:
         Yields
         ------
         csr_matrix (at most rows, n_columns)
-            Counts without explicit zeros; whole numbers that were stored as floats are unsigned integers.
+            Counts without explicit zeros, one entry per cell and column, columns ascending; whole numbers that were
+            stored as floats are unsigned integers.
 
         Raises
         ------
@@ -75,6 +76,9 @@ class Counts:
         for first in range(start, stop, rows):
             with naming(self.name):
                 block = self.matrix.rows(first, min(first + rows, stop))
+            if not block.has_canonical_format:  # a copy, of 64 bits: sums of narrow values would overflow
+                block = block.astype(np.float64 if block.dtype.kind == "f" else np.int64)
+                block.sum_duplicates()
             values, problem = check_counts(block.data, self.fractional)
             if problem:
                 raise ValueError(
@@ -85,6 +89,7 @@ class Counts:
                 warn_of_logarithms(block.indptr, values, f"{self.name}: {self.counts_in}")
             if values is not block.data:
                 block = sparse.csr_matrix((values, block.indices, block.indptr), shape=block.shape)
+                block.has_canonical_format = True
             if not values.all():
                 block = block.copy()  # it may be a view of the user's matrix
                 block.eliminate_zeros()

@@ -1,11 +1,16 @@
 """Sources: where counts are found, and what is said where there are none."""
 
+import itertools
+
 import h5py
 import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData, read_h5ad
 from conftest import make_adata
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import sparse
 
 from stformer_hf import AnnDataset, CellStore
 from stformer_hf.sources.open_source import open_source
@@ -218,3 +223,29 @@ def test_columns_beyond_the_genes_are_told(tmp_path, column):
         file["X/indices"][5] = column
     with pytest.raises(ValueError, match="columns outside its 40 genes"):
         list(open_source(tmp_path / "a.h5ad").blocks(100))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(0, 5), st.integers(0, 200)), max_size=40),
+    st.sampled_from(["uint8", "int32", "float32", "float64"]),
+    st.sampled_from(["csr", "csc"]),
+)
+def test_repeated_entries_of_a_cell_and_gene_are_summed(entries, dtype, layout):
+    """A matrix is the sum of its entries, in any order; sums of narrow counts do not overflow."""
+    rows, columns, values = np.array(entries, np.int64).reshape(-1, 3).T
+    order = np.argsort(rows if layout == "csr" else columns, kind="stable")
+    major, minor = (rows, columns) if layout == "csr" else (columns, rows)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(major, minlength=5 if layout == "csr" else 6))])
+    parts = (values[order].astype(dtype), minor[order], indptr)
+    matrix = getattr(sparse, f"{layout}_matrix")(parts, shape=(5, 6))
+    expected = np.zeros((5, 6), np.int64)
+    np.add.at(expected, (rows, columns), values)
+    adata = AnnData(matrix, var=pd.DataFrame(index=[f"ENSG{i:011d}" for i in range(6)]))
+    before = matrix.data.copy()
+    blocks = list(open_source(adata).blocks(2))
+    np.testing.assert_array_equal(sparse.vstack(blocks).toarray(), expected)
+    for block in blocks:  # one entry per cell and gene, columns ascending, none of them 0
+        assert block.data.all()
+        for start, stop in itertools.pairwise(block.indptr):
+            assert (np.diff(block.indices[start:stop]) > 0).all()
+    np.testing.assert_array_equal(matrix.data, before)  # the user's matrix is left as it is
