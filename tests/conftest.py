@@ -1,6 +1,7 @@
 """Fixtures: real data where it is, small random cells, stores and models of them."""
 
 import gc
+import os
 import shutil
 import sys
 from importlib.util import find_spec
@@ -28,6 +29,12 @@ if find_spec("hypothesis"):  # which a machine with a GPU may lack
     settings.load_profile("few")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure(config) -> None:
+    """Hide GPUs, unless `-m gpu` or CUDA_VISIBLE_DEVICES asks for them: the other tests compare with a CPU."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture(autouse=True)
