@@ -153,6 +153,8 @@ def test_the_documentation_builds_without_a_warning(tmp_path):
     for page in tmp_path.rglob("*.html"):  # nothing is loaded from the network
         text = page.read_text(encoding="utf-8")
         assert re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', text) == [], page
+        assert "not run in tests" not in text, page
+    assert not list(tmp_path.rglob("*.pyc"))
 
 
 def test_the_tables_are_those_of_the_kept_results(monkeypatch):
