@@ -483,7 +483,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "perturb_2026-11-29 interferon": perturb_interferon,
     "perturb_2026-11-29 no_effect": perturb_no_effect,
     "training_2026-11-29": training_whole_cells,
-    "commits_2026-11-29": commits,
+    "commits_2026-11-30": commits,
     "gpu_h200_2026-11-28": gpu,
     "gpu_h200_2026-11-28 loader": gpu_loader,
     "gpu_h200_2026-11-29 attention": gpu_attention,
