@@ -4,7 +4,7 @@ python -m benchmarks scale --folder scale --output benchmark_scale.json
 
 "sizes": cost per cell of building, opening, lengths, one epoch's order, random and block-shuffled batches, and tokens,
 on cells of about 300 expressed genes. One h5ad file of 100,000 cells is given as often as needed, so that only the
-store grows.
+store grows. "copies" is what the memory itself takes for random batches: as many bytes, copied from as many places.
 
 "larger than memory": cells of about 2,000 expressed genes. Each reader runs with a quarter of the plain store's size
 as its memory, page cache included (in a control group; where none can be made, the table says that there was no
@@ -47,7 +47,7 @@ FILE = 100_000  # cells of the file that is given as often as needed
 LABELS = 20
 READ = 20_000  # cells that a reader reads
 SECONDS = 30  # after which it stops, and those that it has read count
-PARTS = ("build", "open", "lengths", "order", "random", "blocks", "tokens")
+PARTS = ("build", "open", "lengths", "order", "random", "copies", "blocks", "tokens")
 
 
 def run(arguments: list[str]) -> None:
@@ -193,6 +193,24 @@ def random_part(folder: Path, n_cells: int, block_size: int = 1) -> float:
         for batch in batches:
             collate_cells(store.__getitems__(batch))
     return len(rows)
+
+
+def copies_part(folder: Path, n_cells: int) -> float:
+    """Copy as many bytes as random batches have, from random places of the store's files, genes and counts apart."""
+    rng = np.random.default_rng(0)
+    files = [memoryview(np.memmap(file, np.uint8, "r")) for file in sorted((folder / "store").glob("data-*.arrow"))]
+    size = sum(map(len, files)) // n_cells // 2  # of the genes, or the counts, of a cell
+    places = [
+        [files[file][start : start + size] for start in rng.integers(0, len(files[file]) - size, 2)]
+        for file in rng.choice(len(files), READ, p=np.array([*map(len, files)]) / sum(map(len, files)))
+    ]
+    batches = [list(itertools.chain.from_iterable(places[at : at + BATCH])) for at in range(0, READ, BATCH)]
+    for batch in batches:
+        bytearray().join(batch)
+    with clock():
+        for batch in batches:
+            bytearray().join(batch)
+    return READ
 
 
 def blocks_part(folder: Path, n_cells: int) -> float:

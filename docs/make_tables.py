@@ -285,6 +285,7 @@ def scale_sizes(results: dict) -> str:
         "lengths": "lengths",
         "order": "order of an epoch",
         "random": "random batches",
+        "copies": "their copies alone",
         "blocks": "blocks of 16",
         "tokens": "tokens",
     }

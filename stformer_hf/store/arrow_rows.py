@@ -20,9 +20,7 @@ from .remote_batches import RemoteBatch, RemoteValues, read_column, read_headers
 from .remote_files import Range, RemoteFile, fetched
 
 Slice = memoryview | Range
-
-
-_Runs = tuple[list[int], list[int], list[int]]
+_Runs = list[tuple[int, int, int]]  # entries of a batch: its number, the first one, and the one after the last
 
 
 class ArrowRows:
@@ -100,8 +98,10 @@ class ArrowRows:
         if not self._batches:
             return [(np.zeros(1, np.int64), [np.empty(0, kind) for kind in types]) for _, types in wanted]
         found = [(lists, *lists.find(rows)) for lists, _ in wanted]
-        self._ahead.ask_for(chain.from_iterable(lists.ranges(runs) for lists, _, runs in found))
-        slices = fetched(*(column for lists, _, runs in found for column in lists.slices(runs)))
+        self._ahead.ask_for(lambda: chain.from_iterable(lists.ranges(runs) for lists, _, runs in found))
+        slices: list = [column for lists, _, runs in found for column in lists.slices(runs)]
+        if self._are_remote:
+            slices = fetched(slices)
         # Joining slices of memoryviews as bytes costs half as much as np.concatenate of slices of arrays.
         joined = map(bytearray().join, slices)  # a bytearray is writable, bytes are not
         gathered = [
@@ -159,42 +159,43 @@ class _Lists:
 
     def __init__(self, lists: Sequence[_List]):
         self._lists = lists
-        (contents,) = fetched([of.bounds for of in lists])
+        [contents] = fetched([[of.bounds for of in lists]])
         bounds = [np.frombuffer(offsets, np.int32) for offsets in contents]
-        self._starts = np.cumsum([0, *(len(offsets) - 1 for offsets in bounds)])
+        self._stops = np.cumsum([len(offsets) - 1 for offsets in bounds], dtype=np.int64)  # last row + 1 of each batch
         # Row r of batch b has the entries _bounds[r + b]:_bounds[r + b + 1] of the batch's values.
         self._bounds = np.concatenate(bounds) if bounds else np.zeros(0, np.int32)
         self._values = list(zip(*(of.values for of in lists), strict=True))  # of each column, by batch
 
     def lengths(self) -> np.ndarray:
         """Count the entries of every row: int64 array (n,)."""
-        lengths = np.empty(self._starts[-1], np.int64)
-        for batch, (start, stop) in enumerate(zip(self._starts[:-1], self._starts[1:], strict=True)):
+        start, n_rows = 0, len(self._bounds) - len(self._stops)
+        lengths = np.empty(n_rows, np.int64)
+        for batch, stop in enumerate(self._stops.tolist()):
             bounds = self._bounds[start + batch : stop + batch + 1]
             np.subtract(bounds[1:], bounds[:-1], out=lengths[start:stop])
+            start = stop
         return lengths
 
     def find(self, rows: np.ndarray) -> tuple[np.ndarray, _Runs]:
         """Return the bounds of rows, int64 array (n + 1,), and the runs of entries: batches, starts and stops."""
-        batches = self._starts.searchsorted(rows, side="right") - 1
+        batches = self._stops.searchsorted(rows, side="right")
         at = rows + batches
-        starts, stops = self._bounds[at], self._bounds[at + 1]
-        indptr = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(stops - starts, out=indptr[1:])
         follows = at[1:] - at[:-1] == 1  # the next row of the same batch continues the run
-        if follows.any():
+        starts, stops = self._bounds[at], self._bounds[1:][at]
+        indptr = np.zeros(len(rows) + 1, np.int64)
+        (stops - starts).cumsum(out=indptr[1:])
+        if np.count_nonzero(follows):  # takes a third of the time of any()
             begins, ends = np.flatnonzero(np.r_[True, ~follows]), np.flatnonzero(np.r_[~follows, True])
             batches, starts, stops = batches[begins], starts[begins], stops[ends]
-        return indptr, (batches.tolist(), starts.tolist(), stops.tolist())
+        return indptr, list(zip(batches.tolist(), starts.tolist(), stops.tolist(), strict=True))
 
-    def slices(self, runs: _Runs) -> Iterator[list[Slice]]:
+    def slices(self, runs: _Runs) -> list[list[Slice]]:
         """Return the entries of runs, for each column."""
-        for values in self._values:
-            yield [values[batch][start:stop] for batch, start, stop in zip(*runs, strict=True)]
+        return [[values[batch][start:stop] for batch, start, stop in runs] for values in self._values]
 
     def ranges(self, runs: _Runs) -> Iterator[tuple[MappedFile, int, int]]:
         """Return the bytes that runs of entries take in their files."""
-        for batch, start, stop in zip(*runs, strict=True):
+        for batch, start, stop in runs:
             of = self._lists[batch]
             if of.file is not None:
                 for place, size in of.places:

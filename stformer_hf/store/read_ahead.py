@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ except ImportError:  # Windows
 
 _libc: Any = None if resource is None else ctypes.CDLL(None)
 _BATCHES = 128  # after a batch that waited for the disk, so many batches are asked for beforehand
+_LOOKS_AT = 4  # off, one batch of so many is looked at
 
 
 class MappedFile:
@@ -46,20 +47,20 @@ class MappedFile:
 class ReadAhead:
     """Decides whether to ask for the pages of a batch: not where they are in memory, since asking costs time too.
 
-    A batch during which the process waited for pages turns it on, for 128 batches.
+    Off, it looks at every fourth batch; one during which the process waited for pages turns it on, for 128 batches.
     """
 
     def __init__(self) -> None:
-        self._left = 0
-        self._waits = 0
+        self._left = 1  # batches for which it stays on, plus 1; off, it counts on below 0
+        self._waits: int | None = None  # before the batch that it looks at
         self._works = resource is not None and hasattr(mmap, "MADV_WILLNEED") and hasattr(_libc, "madvise")
 
-    def ask_for(self, ranges: Iterable[tuple[MappedFile, int, int]]) -> None:
-        """Ask for (file, start, stop) if it is on; call this before the batch is read, and `look` after."""
-        if self._left:
-            self._left -= 1
-            self.ask_now(ranges)
-        if self._works and not self._left:
+    def ask_for(self, ranges: Callable[[], Iterable[tuple[MappedFile, int, int]]]) -> None:
+        """Ask for the (file, start, stop) that ranges returns if it is on; call this before a batch, `look` after."""
+        self._left -= 1
+        if self._left > 0:
+            self.ask_now(ranges())
+        elif self._works and self._left % _LOOKS_AT == 0:
             self._waits = _waits()
 
     def ask_now(self, ranges: Iterable[tuple[MappedFile, int, int]]) -> None:
@@ -70,8 +71,10 @@ class ReadAhead:
 
     def look(self) -> None:
         """Turn it on if the batch that was just read had to wait."""
-        if self._works and not self._left and _waits() > self._waits:
-            self._left = _BATCHES
+        if self._waits is not None:
+            if _waits() > self._waits:
+                self._left = _BATCHES + 1
+            self._waits = None
 
 
 def _waits() -> int:

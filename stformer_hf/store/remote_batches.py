@@ -113,7 +113,7 @@ def read_column(batches: Sequence[RemoteBatch], name: str) -> list[pa.Array]:
         for place in column.buffers
         if place is not None
     ]
-    (contents,) = fetched(ranges)
+    [contents] = fetched([ranges])
     found = iter(contents)
     return [
         pa.Array.from_buffers(

@@ -395,10 +395,10 @@ class Range(NamedTuple):
     stop: int
 
 
-def fetched(*slices: list) -> list[list]:
+def fetched(slices: list[list]) -> list[list]:
     """Return lists of slices with the bytes of ranges of remote files, read all at once; memory as it is."""
-    first = next((content for contents in slices for content in contents), None)
+    first = next((contents[0] for contents in slices if contents), None)
     if not isinstance(first, Range):
-        return list(slices)
+        return slices
     found = iter(first.file.folder.read([content for contents in slices for content in contents]))
     return [[next(found) for _ in contents] for contents in slices]

@@ -46,7 +46,7 @@ def row_numbers(index: Any, n_rows: int, of: str) -> np.ndarray:
     if rows.dtype == np.uint64 and rows.max() >= n_rows:
         raise IndexError(f"Row {rows.max()} is outside the {of} of {n_rows} cells.")
     rows = rows.astype(np.int64, copy=False)
-    if not (rows.view(np.uint64) < n_rows).all():  # some are negative, or outside
+    if rows.view(np.uint64).max() >= n_rows:  # some are negative, or outside
         outside = rows[(rows < -n_rows) | (rows >= n_rows)]
         if len(outside):
             raise IndexError(f"Row {outside[0]} is outside the {of} of {n_rows} cells.")

@@ -75,11 +75,11 @@ def test_it_turns_off_when_batches_no_longer_wait(monkeypatch):
     monkeypatch.setattr(read_ahead, "_waits", lambda: waits[0])
     is_on = []
     for batch in range(400):
-        ahead.ask_for([])
-        waits[0] += batch == 3
+        ahead.ask_for(list)
+        waits[0] += batch == 8
         is_on.append(ahead._left > 0)
         ahead.look()
-    assert is_on == [False] * 4 + [True] * 127 + [False] * 269
+    assert is_on == [False] * 9 + [True] * 128 + [False] * 263
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped from the cache by a call of Linux")
@@ -90,7 +90,7 @@ def test_it_is_on_after_a_wait_for_the_disk_and_else_off(tmp_path):
     ahead = store._rows._ahead
     store.rows([5])
     store.rows([5])  # in memory now
-    assert ahead._left == 0
+    assert ahead._left <= 0
     file = tmp_path / "s" / store.manifest["shards"][0]["file"]
 
     def drop():
@@ -107,20 +107,20 @@ def test_it_is_on_after_a_wait_for_the_disk_and_else_off(tmp_path):
     store = CellStore(tmp_path / "s")
     drop()
     store.rows([350])  # its pages are far from those that opening read
-    assert store._rows._ahead._left == 128
+    assert store._rows._ahead._left == 1 + 128
 
 
 def test_nothing_is_asked_while_it_is_off():
     def never():
         raise AssertionError
-        yield
 
     ahead = ReadAhead()
-    ahead.ask_for(never())
-    ahead.look()
-    ahead._left = 1
+    for _ in range(9):
+        ahead.ask_for(never)
+        ahead.look()
+    ahead._left = 2
     with pytest.raises(AssertionError):
-        ahead.ask_for(never())
+        ahead.ask_for(never)
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_WILLNEED"), reason="the system has no madvise")
