@@ -198,7 +198,7 @@ def random_part(folder: Path, n_cells: int, block_size: int = 1) -> float:
 def copies_part(folder: Path, n_cells: int) -> float:
     """Copy as many bytes as random batches have, from random places of the store's files, genes and counts apart."""
     rng = np.random.default_rng(0)
-    files = [memoryview(np.memmap(file, np.uint8, "r")) for file in sorted((folder / "store").glob("data-*.arrow"))]
+    files = [np.memmap(file, np.uint8, "r").data for file in sorted((folder / "store").glob("data-*.arrow"))]
     size = sum(map(len, files)) // n_cells // 2  # of the genes, or the counts, of a cell
     places = [
         [files[file][start : start + size] for start in rng.integers(0, len(files[file]) - size, 2)]

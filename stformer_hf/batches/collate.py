@@ -393,7 +393,8 @@ def pack(
     dict
         `input_ids`, `token_type_ids`, `labels`: int64 Tensor (1, T). `cu_seq_lens_q`, `cu_seq_lens_k`: int32 Tensor
         (n + 1,). `max_length_q`, `max_length_k`: int. `seq_idx`: int32 Tensor (1, T), the cell of each token. These
-        are the names that transformers' flash attention reads.
+        are the names that transformers' flash attention reads. With labels, `predicted_positions`: int64 Tensor (k,),
+        the positions with a label, ascending, so that the model does not wait for a GPU to find them.
     """
     of_all = None if labels is None else _of_all_tokens(labels, tokens)
     if left_out is not None and len(left_out):
@@ -416,6 +417,7 @@ def pack(
         "max_length_q": longest,
         "max_length_k": longest,
         "seq_idx": torch.from_numpy(cells)[None],
+        **({} if of_all is None else {"predicted_positions": torch.from_numpy(np.flatnonzero(of_all != IGNORE))}),
         **({} if tokens.cells is None else {"cell_indptr": torch.from_numpy(tokens.cells.indptr)}),
         **{name: torch.from_numpy(of) for name, of in tokens.measured_genes().items()},
     }

@@ -121,8 +121,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
         Maximum number of tokens per batch, including padding; a larger batch raises an error.
     pad_packed_to : (n_tokens, n_cells), optional
         With `packing`, fill every batch up to one size with tokens that no cell reads and no loss counts, so that a
-        compiled model is compiled once; see `to_fixed_size`. The batch has `predicted_positions`, so that the model
-        does not wait for the GPU. More tokens or cells raise an error.
+        compiled model is compiled once; see `to_fixed_size`. More tokens or cells raise an error.
 
     Raises
     ------

@@ -41,8 +41,8 @@ def to_fixed_size(batch: dict[str, Any], size: FixedSize) -> dict[str, Any]:
         The same keys. Dead tokens have the id `size.pad_token_id`, type and value 0, label -100, and -1 in `seq_idx`.
         `cu_seq_lens_q`, `cu_seq_lens_k` and `cell_indptr` have the cells first, then the dead and the empty segments.
         `cell_genes` and `cell_counts` are filled up with counts of 0 to `size.n_tokens`, or twice, four times … as
-        many. `max_length_q` and `max_length_k` are `size.longest`. With labels of tokens, `predicted_positions` is
-        added: int64 (k,), the positions with a label, ascending, filled up with the last position.
+        many. `max_length_q` and `max_length_k` are `size.longest`. `predicted_positions` are filled up with the last
+        position.
 
     Raises
     ------
@@ -67,12 +67,11 @@ def to_fixed_size(batch: dict[str, Any], size: FixedSize) -> dict[str, Any]:
         if name in batch:
             full[name] = _filled(batch[name], length, dead.get(name, 0), dim=1)
     full.update(cu_seq_lens_q=cuts, cu_seq_lens_k=cuts, max_length_q=longest, max_length_k=longest)
-    if "labels" in batch:
-        at = np.flatnonzero(batch["labels"][0].numpy() != IGNORE)
+    if "predicted_positions" in batch:
         # Labels are drawn independently: six standard deviations above their mean are hardly ever too few.
         room = math.ceil((size.n_labels + 6 * math.sqrt(size.n_labels) + 1) / _MULTIPLE) * _MULTIPLE
-        room *= max(1, -(-len(at) // room))
-        full["predicted_positions"] = _filled(torch.from_numpy(at), room, length - 1)
+        room *= max(1, -(-len(batch["predicted_positions"]) // room))
+        full["predicted_positions"] = _filled(batch["predicted_positions"], room, length - 1)
     if "cell_indptr" in batch:
         n_entries = size.n_tokens
         while n_entries < batch["cell_genes"].shape[1]:

@@ -90,7 +90,7 @@ class ObjectiveTrainer(CellTrainer):
             data_collator = ViewCollator(data_collator, view, batch_key)
             if model is not None:
                 self._prepare_model(model)
-        self._watched: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
+        self._watched: dict[bool, list[tuple[torch.Tensor, ...]]] = {True: [], False: []}  # states, totals, usable
         self._average = None if ema is None else WeightAverage(ema)
         super().__init__(model=model, data_collator=data_collator, **kwargs)
         self._loss_is_a_mean_over_labels = not self._trains_cls
@@ -233,8 +233,8 @@ class ObjectiveTrainer(CellTrainer):
     def _watch(self, training: bool, states: torch.Tensor, totals: torch.Tensor, usable: torch.Tensor) -> None:
         watched = self._watched[training]
         n_cells = len(usable)
-        watched.append((states[:n_cells][usable].detach().float(), totals[:n_cells][usable]))
-        while sum(len(of) for _, of in watched[1:]) >= _CELLS_TO_WATCH:
+        watched.append((states[:n_cells].detach().float(), totals[:n_cells], usable))
+        while sum(len(of) for _, _, of in watched[1:]) >= _CELLS_TO_WATCH:
             watched.pop(0)
 
     def _means(self, training: bool, prefix: str = "") -> dict[str, float]:
@@ -246,7 +246,8 @@ class ObjectiveTrainer(CellTrainer):
         means = nothing | super()._means(training, prefix)
         watched, self._watched[training] = self._watched[training], []
         if watched:
-            states, totals = (torch.cat(parts)[-_CELLS_TO_WATCH:] for parts in zip(*watched, strict=True))
+            states, totals, usable = map(torch.cat, zip(*watched, strict=True))
+            states, totals = states[usable][-_CELLS_TO_WATCH:], totals[usable][-_CELLS_TO_WATCH:]
             if len(states):
                 means[f"{prefix}effective_rank"] = effective_rank(states)
             r2 = total_r2(states, totals)

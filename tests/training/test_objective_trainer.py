@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_adata
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModel, TrainerCallback, TrainingArguments
 
 from stformer_hf import (
@@ -75,6 +76,22 @@ def make_trainer(folder, cells, tokenizer, model=None, objectives=ALL, eval_data
 
 def train_logs(trainer):
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("objectives", [{"mlm": 1.0}, {"contrast": 1.0}, {"cross_correlation": 1.0}, ALL])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_of_a_packed_batch_has_no_size_that_a_gpu_must_tell(
+    cells, whole_cells, tmp_path, monkeypatch, objectives, training
+):
+    model = make_model(cells, whole_cells, attn_implementation="eager", intermediate_size=4)
+    trainer = make_trainer(tmp_path, cells, whole_cells, model, objectives, packing=True)
+    trainer.current_gradient_accumulation_steps = 1  # as train() sets it
+    batch = trainer.data_collator(cells.__getitems__(range(9)))
+    model.train(training)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # else checks read numbers, on a CPU alone
+    with FakeTensorMode(allow_non_fake_inputs=True):  # knows shapes alone, and fails where numbers are needed
+        fake = {name: torch.empty_like(of) if isinstance(of, torch.Tensor) else of for name, of in batch.items()}
+        assert trainer.compute_loss(model, fake).shape == ()
 
 
 @pytest.mark.parametrize("view", ["disjoint", "thinning"])

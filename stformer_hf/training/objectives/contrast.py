@@ -50,11 +50,22 @@ def info_nce(logits: torch.Tensor, comparable: torch.Tensor) -> torch.Tensor:
     the diagonal of `comparable`, which is symmetric, with at least one negative; 0 without any.
     """
     counting = cells_with_negatives(comparable)
-    logits = logits.float().masked_fill(~comparable, -torch.inf)[counting][:, counting]
-    if not len(logits):
-        return logits.sum()
     own = torch.arange(len(logits), device=logits.device)
-    return (nn.functional.cross_entropy(logits, own) + nn.functional.cross_entropy(logits.T, own)) / 2
+    logits = logits.float().masked_fill(~comparable, -torch.inf)
+    losses = sum(
+        nn.functional.cross_entropy(fits.masked_fill(~counting[:, None], 0), own, reduction="none")
+        for fits in (logits, logits.T)
+    )
+    return mean_of(losses / 2, counting)
+
+
+def mean_of(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Compute the mean over the first dimension of the values that are counted, bool Tensor (n,); 0 without any.
+
+    Unlike `values[counted].mean(0)`, it does not wait for a GPU.
+    """
+    counted = counted.view(-1, *[1] * (values.ndim - 1))
+    return values.masked_fill(~counted, 0).sum(0) / counted.sum().clamp(min=1)
 
 
 @torch.no_grad()
@@ -66,9 +77,8 @@ def contrast_of_totals(totals: torch.Tensor, comparable: torch.Tensor) -> torch.
     optimistic. `totals` (2n,) are those of the first views, then of the second.
     """
     first, second = totals.float().clamp(min=1).log().chunk(2)
-    usable = comparable.diagonal()
-    differences = (first - second)[usable]
-    if len(differences) < 2:
-        return first.new_zeros(())
-    residuals = first[:, None] - second - differences.mean()
-    return info_nce(-residuals.square() / (2 * differences.var(correction=0).clamp(min=1e-6)), comparable)
+    usable, differences = comparable.diagonal(), first - second
+    mean = mean_of(differences, usable)
+    variance = mean_of((differences - mean).square(), usable)
+    residuals = first[:, None] - second - mean
+    return info_nce(-residuals.square() / (2 * variance.clamp(min=1e-6)), comparable)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .contrast import mean_of
+
 OFF_DIAGONAL = 0.01
 _EPSILON = 1e-4
 
@@ -28,16 +30,16 @@ def cross_correlation_loss(states: torch.Tensor, usable: torch.Tensor) -> torch.
     Zbontar et al. 2021 (Barlow Twins), arXiv 2103.03230; for cells, Svensson 2026, `JointEmbeddingSCVI` of scvi-tools
     1.5, from which :math:`\lambda` is taken.
     """
-    first, second = (view[usable] for view in states.float().chunk(2))
-    if len(first) < 2:
-        return first.sum() * 0
-    first, second = _standardised(first), _standardised(second)
-    correlations = first.T @ second / len(first)
+    n_cells = usable.sum()
+    first, second = (_standardised(view, usable) for view in states.float().chunk(2))
+    correlations = first.T @ second / n_cells.clamp(min=1)
     diagonal = correlations.diagonal()
     others = correlations.square().sum() - diagonal.square().sum()
-    return ((1 - diagonal).square().sum() + OFF_DIAGONAL * others) / len(diagonal)
+    loss = ((1 - diagonal).square().sum() + OFF_DIAGONAL * others) / len(diagonal)
+    return loss * (n_cells > 1)
 
 
-def _standardised(values: torch.Tensor) -> torch.Tensor:
-    centred = values - values.mean(0)
-    return centred / (centred.square().mean(0) + _EPSILON).sqrt()
+def _standardised(values: torch.Tensor, usable: torch.Tensor) -> torch.Tensor:
+    """Standardise by the mean and variance of the usable rows; the others become 0."""
+    centred = (values - mean_of(values, usable)).masked_fill(~usable[:, None], 0)
+    return centred / (mean_of(centred.square(), usable) + _EPSILON).sqrt()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from ...models.cell_neighborhood.count_likelihoods import nb_log_likelihood
 from ...models.gene_bert.cell_decoder import CellDecoder
 from ..starts.spectral_start import cell_embedding_of
+from .contrast import mean_of
 
 
 @torch.no_grad()
@@ -71,17 +72,16 @@ def decode_loss(
         rows = torch.searchsorted(batch["cell_indptr"][1:].contiguous(), at, right=True)
     targets = known.expand(n_rows, -1)
     targets = targets & batch["measured_genes"] if batch.get("measured_genes") is not None else targets.clone()
-    targets[rows[counts < 0], genes[counts < 0]] = False
+    # No boolean index: it would wait for a GPU.
+    masked = torch.zeros_like(targets, dtype=torch.int32).view(-1)
+    targets &= masked.index_add(0, rows * n_genes + genes, (counts < 0).int()).view_as(targets) == 0
     counted = (counts > 0) & targets[rows, genes]
-    genes, counts = genes[counted], counts[counted]
+    counts = counts.masked_fill(~counted, 0)
     # The targets of a view are in the row of the other one.
-    rows = (rows[counted] + n_rows // 2) % n_rows
+    rows = (rows + n_rows // 2) % n_rows
     targets = targets.roll(n_rows // 2, 0)
     totals = counts.new_zeros(n_rows).index_add(0, rows, counts)
     scored = usable.repeat(2) & (totals > 0)
-    if not scored.any():
-        return gene_logits.float().sum() * 0 + log_dispersion.sum() * 0, scored.sum()
-
     log_means = (
         gene_logits.float().masked_fill(~targets, torch.finfo(torch.float32).min).log_softmax(-1)
         + totals.clamp(min=1).log()[:, None]
@@ -91,5 +91,5 @@ def decode_loss(
     log_likelihood = (of_zero * targets).sum(-1)
     # Most genes have no count: start from zeros everywhere, and replace the terms of the others.
     more = nb_log_likelihood(counts, log_means[rows, genes], log_dispersion[genes]) - of_zero[rows, genes]
-    log_likelihood = log_likelihood.index_add(0, rows, more)
-    return -(log_likelihood[scored] / totals[scored]).mean(), scored.sum()
+    log_likelihood = log_likelihood.index_add(0, rows, more.masked_fill(~counted, 0))
+    return -mean_of(log_likelihood / totals.masked_fill(~scored, 1), scored), scored.sum()

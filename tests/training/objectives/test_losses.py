@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy import stats
 
 from stformer_hf.training.objectives import check_objectives
@@ -109,6 +112,56 @@ def test_decoding_predicts_the_counts_of_the_other_view_from_its_total(packed):
     assert loss.item() == pytest.approx(expected, rel=1e-5) and n_views == 2
     assert torch.isfinite(logits.grad).all() and logits.grad[0, [2, 3]].all() and not logits.grad[[1, 3]].any()
     assert not logits.grad[0, [0, 1, 4]].any()
+
+
+def losses_of_pairs(states, totals, twins, sources, usable):
+    comparable = comparable_cells(twins, sources, usable)
+    return [
+        contrast_loss(states, comparable),
+        cross_correlation_loss(states, usable),
+        contrast_of_totals(totals, comparable),
+    ]
+
+
+@given(usable=st.lists(st.booleans(), min_size=1, max_size=9), seed=st.integers(0, 99))
+def test_cells_without_counts_change_neither_loss_nor_gradient(usable, seed):
+    generator = torch.manual_seed(seed)
+    usable = torch.tensor(usable)
+    n, both = len(usable), usable.repeat(2)
+    states = torch.randn(2 * n, 5, generator=generator)
+    totals = torch.randint(1, 900, (2 * n,), generator=generator) * both
+    twins, sources = torch.randint(0, 5, (n,), generator=generator), torch.randint(0, 2, (n,), generator=generator)
+    of_all, of_usable = states.requires_grad_(), states.detach()[both].requires_grad_()
+    found = losses_of_pairs(of_all, totals, twins, sources, usable)
+    others = totals[both], twins[usable], sources[usable], usable[usable]
+    expected = losses_of_pairs(of_usable, *others)
+    for loss, of in zip(found, expected, strict=True):
+        torch.testing.assert_close(loss, of, rtol=1e-4, atol=1e-5)
+    sum(found[:2]).backward()
+    sum(expected[:2]).backward()
+    torch.testing.assert_close(of_all.grad[both], of_usable.grad, rtol=1e-3, atol=1e-5)
+    assert not of_all.grad[~both].any()
+
+
+@given(counts=arrays(np.float32, (6, 5), elements=st.sampled_from([-1, 0, 0, 1, 4])), seed=st.integers(0, 99))
+def test_decoding_padded_and_packed_views_is_the_same(counts, seed):
+    generator = torch.manual_seed(seed)
+    logits, dispersion = torch.randn(6, 5, generator=generator), torch.randn(5, generator=generator)
+    known, usable = torch.rand(5, generator=generator) < 0.8, torch.rand(3, generator=generator) < 0.8
+    rows, genes = np.nonzero(counts)
+    lengths = np.bincount(rows, minlength=6)
+    packed = {
+        "cell_genes": torch.from_numpy(genes)[None],
+        "cell_counts": torch.from_numpy(counts[rows, genes])[None],
+        "cell_indptr": torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])),
+    }
+    padded = {"cell_genes": torch.zeros(6, 5, dtype=torch.int64), "cell_counts": torch.zeros(6, 5)}
+    for row in range(6):  # the padding has gene 0, which may be masked in the cell
+        padded["cell_genes"][row, : lengths[row]] = torch.from_numpy(np.flatnonzero(counts[row]))
+        padded["cell_counts"][row, : lengths[row]] = torch.from_numpy(counts[row][np.flatnonzero(counts[row])])
+    found, expected = (decode_loss(logits, dispersion, batch, known, usable) for batch in (padded, packed))
+    torch.testing.assert_close(found[0], expected[0])
+    assert found[1] == expected[1] and torch.isfinite(found[0])
 
 
 def test_objectives_are_checked():
