@@ -27,10 +27,10 @@ ROOMS = {
 # Documented names that are imported from their room.
 FROM_ROOMS = {
     "inference.export": ["export_onnx"],
-    "inference.gene_states": ["GeneNetwork", "gene_embeddings", "gene_network", "nearest_genes"],
-    "inference.plots": [
-        *("confusion", "label_curve", "loss_curves", "mapping", "network", "sections", "umap", "umaps", "volcano"),
-    ],
+    "inference.gene_network": ["GeneNetwork", "gene_network"],
+    "inference.gene_states": ["gene_embeddings", "nearest_genes"],
+    "inference.cell_plots": ["mapping", "sections", "umap", "umaps"],
+    "inference.plots": ["confusion", "label_curve", "loss_curves", "network", "volcano"],
     "search.search_space": ["SearchSpace", "TrialModel"],
 }
 

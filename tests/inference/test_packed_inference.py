@@ -16,8 +16,7 @@ from stformer_hf import (
     map_to_reference,
     perturb,
 )
-from stformer_hf.inference import batches
-from stformer_hf.inference import perturb as perturbing
+from stformer_hf.inference import batches, perturb_reader
 from stformer_hf.models.gene_bert.tokenized_cells import take
 
 CELLS = make_adata(50, 30, seed=2)  # of different lengths; the fourth has no counts
@@ -52,7 +51,7 @@ def both(monkeypatch):
             lambda module, args, kwargs: seen.append("cu_seq_lens_q" in kwargs), with_kwargs=True
         )
         for packed in (False, True):
-            for module in (batches, perturbing):
+            for module in (batches, perturb_reader):
                 monkeypatch.setattr(module, "packs", lambda model, packed=packed: packed)
             seen.clear()
             read = cells.copy()

@@ -25,7 +25,7 @@ from stformer_hf import (
 from stformer_hf.cli import main
 from stformer_hf.evaluation.cell_baselines import log_normalise
 from stformer_hf.evaluation.readers import fit_pca
-from stformer_hf.inference import perturb as grid
+from stformer_hf.inference import perturb_grid, perturb_reader
 from stformer_hf.inference.gene_edits import GeneEdits, Panel
 from stformer_hf.models.gene_bert.heads import fields_of_columns
 
@@ -95,13 +95,13 @@ def test_missing_p_values_are_explained(cells, n_null, caplog):
 @pytest.mark.parametrize(("given", "most"), [(None, 1024), (40, 40)])
 def test_batches_are_of_max_tokens(cells, given, most, monkeypatch):
     """And on a CPU of 1,024 by default."""
-    sizes, make_batch = [], grid.make_batch
+    sizes, make_batch = [], perturb_reader.make_batch
 
     def watch(tokens, *args):
         sizes.append(len(tokens.input_ids))
         return make_batch(tokens, *args)
 
-    monkeypatch.setattr(grid, "make_batch", watch)
+    monkeypatch.setattr(perturb_reader, "make_batch", watch)
     tokenizer = make_tokenizer(cells, "binned")
     perturb(cells, make_model(tokenizer), tokenizer=tokenizer, n_null=0, max_tokens=given)
     assert most - 12 <= max(sizes) <= most
@@ -194,7 +194,7 @@ def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, mon
     genes = cells.var_names[1:7].tolist()
     fast = perturb(cells, model, genes, **settings)
     assert max(lengths) == 3  # [CLS], one gene, [EOS]
-    monkeypatch.setattr(grid, "length_to_read", lambda *_: None)
+    monkeypatch.setattr(perturb_reader, "length_to_read", lambda *_: None)
     plain = perturb(cells, model, genes, **settings)
     assert max(lengths) == 12
     pd.testing.assert_frame_equal(fast, plain, rtol=1e-4, atol=1e-7)
@@ -204,9 +204,9 @@ def test_only_cls_is_read_where_no_token_reads_another(cells, started, kind, mon
         model.layers[1].ffn.lin2.bias += 1e-3
         if model.config.cls_state == "gated":
             model.layers[1].cls_gate[3] = 1e-3
-    reader = grid._Reader(model, tokenizer, -1, None, 100, False, None)
+    reader = perturb_reader.Reader(model, tokenizer, -1, None, 100, False, None)
     assert (reader.length == 3) == (model.config.cls_state == "fixed")
-    assert grid._Reader(model, tokenizer, -1, "mean", 100, False, None).length is None
+    assert perturb_reader.Reader(model, tokenizer, -1, "mean", 100, False, None).length is None
 
 
 def settings_of(cells):
@@ -219,7 +219,7 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
     model, genes = make_model(tokenizer), cells.var_names[1:7].tolist()
     settings = {"tokenizer": tokenizer, **settings_of(cells)}
     whole = perturb(cells, model, genes, **settings)
-    written, write = [], grid._Grid._write_shard
+    written, write = [], perturb_grid.Grid._write_shard
 
     def fail(self, file, numbers, bar):
         if len(written) == fails_at:
@@ -228,12 +228,12 @@ def test_a_killed_run_resumes_to_the_same_table(cells, tmp_path, fails_at, monke
         written.append(file)
         write(self, file, numbers, bar)
 
-    monkeypatch.setattr(grid._Grid, "_write_shard", fail)
+    monkeypatch.setattr(perturb_grid.Grid, "_write_shard", fail)
     with pytest.raises(KeyboardInterrupt):
         perturb(cells, model, genes, output=tmp_path / "p", **settings)
     assert not (tmp_path / "p" / "table.csv").exists()
     done = {file: file.stat().st_mtime_ns for file in written}
-    monkeypatch.setattr(grid._Grid, "_write_shard", write)
+    monkeypatch.setattr(perturb_grid.Grid, "_write_shard", write)
     resumed = perturb(cells, model, genes, output=tmp_path / "p", **settings)
     pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert len(done) == fails_at and all(file.stat().st_mtime_ns == at for file, at in done.items())

@@ -10,14 +10,14 @@ from anndata import AnnData
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stformer_hf.inference.gene_states import GeneNetwork
+from stformer_hf.inference.gene_network import GeneNetwork
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")
 
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # noqa: E402
 
-from stformer_hf.inference import plots  # noqa: E402
+from stformer_hf.inference import cell_plots, plots  # noqa: E402
 
 
 def test_confusion_has_true_classes_in_rows(tmp_path):
@@ -131,7 +131,7 @@ def test_new_colours_are_scanpys(n):
 
 def test_without_scanpy_there_are_colours(monkeypatch):
     monkeypatch.setitem(sys.modules, "scanpy.plotting", None)
-    assert len(set(plots._default_colours(20))) == 20 and len(plots._default_colours(25)) == 25
+    assert len(set(cell_plots._default_colours(20))) == 20 and len(cell_plots._default_colours(25)) == 25
 
 
 def test_numbers_and_genes_have_one_scale(tissue):
@@ -280,7 +280,7 @@ def test_a_category_may_be_called_na(missing, used):
 def test_a_umap_of_booleans_has_a_legend(dtype, missing, monkeypatch):
     """Nullable ones too, and those among objects; the column stays as it is, and its colours are the user's."""
     pytest.importorskip("scanpy")
-    monkeypatch.setattr(plots, "_write_umap", lambda adata, key, seed: adata.obsm[key])
+    monkeypatch.setattr(cell_plots, "_write_umap", lambda adata, key, seed: adata.obsm[key])
     infected = pd.Series([True, False] * 20, [f"c{i}" for i in range(40)], dtype=bool if dtype is bool else object)
     if missing and dtype is bool:
         pytest.skip("numpy's booleans are never missing")
