@@ -50,7 +50,7 @@ def run() -> dict[str, Any]:
     """Return the facts about this machine and installation, by name."""
     import torch
 
-    from ..models.gene_bert.modeling_gene_bert import best_attention
+    from ..models.gene_bert.pretrained_gene_bert import best_attention
 
     facts: dict[str, Any] = {
         "stformer_hf": __version__,

@@ -13,11 +13,7 @@ from transformers.modeling_utils import load_state_dict
 
 from ..models.gene_bert.configuration_gene_bert import GeneBertConfig
 from ..models.gene_bert.gene_columns import sample
-from ..models.gene_bert.modeling_gene_bert import (
-    GeneBertForClassification,
-    GeneBertForPhenotypicMLM,
-    GeneBertModel,
-)
+from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification, GeneBertForPhenotypicMLM, GeneBertModel
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 
 # Possible prefixes of the encoder's weights. PerturbGene's heads use `distilbert`, as DistilBERT does.

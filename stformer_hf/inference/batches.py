@@ -33,7 +33,7 @@ from ..sources.open_source import Source, open_source
 from ..store.cell_store import CellStore
 from ..store.engines import check_engine, run_tasks, runs_here
 from ..training.cell_heads import check_finite, predicts_cells
-from ..training.cell_trainer import check_tokenizer_fits
+from ..training.identity import check_tokenizer_fits
 from ..training.loading import is_model, load_config, load_model, tokenizer_of, unwrap
 
 logger = logging.getLogger(__name__)

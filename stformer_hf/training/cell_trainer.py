@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import DistributedDataParallelKwargs
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import TrainingArguments
 from transformers.trainer_utils import seed_worker
@@ -25,14 +24,7 @@ from ..batches.lengths import load_example_lengths
 from ..batches.parts import as_selection, as_token_rows, bases, gather
 from ..batches.repeats import NumberedRepeats, RepeatedRows
 from ..batches.samplers import BlockShuffleSampler, RowSampler
-from ..batches.stream_batches import (
-    StreamBatches,
-    StreamOrder,
-    TokenBudgetBuffer,
-    cells_of_largest_part,
-    only,
-    part_of,
-)
+from ..batches.stream_batches import StreamBatches, StreamOrder, only, part_of
 from ..batches.token_budget import TokenBudgetBatchSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.block_order import ORDER
@@ -40,21 +32,14 @@ from ..store.cell_store import CellStore
 from .argument_checks import check_arguments
 from .callbacks import SetEpoch
 from .cell_checksum import describe_cells
-from .identity import (
-    check_stores_together,
-    check_tokenizer_fits,
-    check_tokenizers,
-    check_tokens,
-    fit_classes,
-    fit_datasets,
-)
+from .identity import check_stores_together, check_tokenizers, check_tokens, fit_classes, fit_datasets
 from .label_fit import fit_head_to_labels
 from .model_card import write_model_card
 from .resumable_trainer import ResumableTrainer
 from .scores import score_of
+from .streams import read_stream
 
 logger = logging.getLogger(__name__)
-_NO_BUDGET = 2**48  # tokens
 _MORE_CELLS = 1.5  # in a batch of one size, than fit on average
 
 
@@ -181,14 +166,11 @@ class CellTrainer(ResumableTrainer):
         of_training = dataset is self.train_dataset
         fit_head_to_labels(model, collator, dataset, all_read=not (of_training and self.sampling))
 
-    def _build_accelerator_args(self, **kwargs) -> dict[str, Any]:
-        """Build them as Trainer does, without DDP's search for unused parameters if there are none."""
-        built = super()._build_accelerator_args(**kwargs)
+    def create_accelerator_and_postprocess(self) -> None:
+        """Create it as Trainer does, without DDP's search for unused parameters if there are none."""
+        super().create_accelerator_and_postprocess()
         if self.args.ddp_find_unused_parameters is None and self._uses_every_parameter():
-            for handler in built["kwargs_handlers"]:
-                if isinstance(handler, DistributedDataParallelKwargs):
-                    handler.find_unused_parameters = False
-        return built
+            self.accelerator.ddp_handler.find_unused_parameters = False
 
     def _uses_every_parameter(self) -> bool:
         """Whether every loss depends on every parameter of the model; False if it is not known."""
@@ -221,10 +203,7 @@ class CellTrainer(ResumableTrainer):
             Batches of rows with `max_tokens_per_batch`; else rows, grouped by length if `train_sampling_strategy` is
             "group_by_length", or shuffled if it is "random" (a RowSampler with `sampling`). None for a stream.
         """
-        return self._get_train_sampler()
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset = self.train_dataset
         if dataset is None or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             return None
         args, seed, draw = self.args, self.seed_of_order, self._draw(dataset)
@@ -245,11 +224,8 @@ class CellTrainer(ResumableTrainer):
             in_a_step = self._train_batch_size * args.world_size * args.gradient_accumulation_steps
             return LengthGroupedSampler(self._n_tokens(dataset), in_a_step, seed=seed, draw=draw)
         if args.train_sampling_strategy == "sequential":
-            return super()._get_train_sampler(dataset)
+            return SequentialSampler(dataset)
         return BlockShuffleSampler(dataset, 1, seed) if draw is None else RowSampler(draw, seed)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
-        return SequentialSampler(eval_dataset) if hasattr(eval_dataset, "__len__") else None
 
     @property
     def _has_fixed_size(self) -> bool:
@@ -300,7 +276,7 @@ class CellTrainer(ResumableTrainer):
         self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
     ) -> DataLoader:
         if is_training:
-            return self._get_training_batches(dataset, batch_size, sampler_fn)
+            return self._get_training_batches(dataset, batch_size)
         if not any(dataset is own for own in self._own_datasets()):  # evaluate and predict accept any dataset
             model = self.accelerator.unwrap_model(self.model)
             self._check_dataset(dataset, model, self._eval_collator)
@@ -312,16 +288,21 @@ class CellTrainer(ResumableTrainer):
             )
         args, collator = self.args, self._eval_collator
         dataset = as_token_rows(dataset) if isinstance(collator, CellCollator) else as_selection(dataset)
-        own = self.data_collator, args.dataloader_drop_last, args.remove_unused_columns
-        # Every cell is evaluated, and gets a prediction; the collator takes what it needs, such as cell_id.
-        self.data_collator, args.dataloader_drop_last, args.remove_unused_columns = collator, False, False
+        # Every cell is evaluated, in order, and gets a prediction; the collator takes what it needs, such as cell_id.
+        settings: dict[str, Any] = {"dataloader_drop_last": False, "remove_unused_columns": False}
+        settings["train_sampling_strategy"] = "sequential"
+        own = {name: getattr(args, name) for name in settings}
+        args.__dict__.update(settings)
+        self.data_collator, collator = collator, self.data_collator
         try:
             return super()._get_dataloader(dataset, description, batch_size, sampler_fn, False, dataloader_key)
         finally:
-            self.data_collator, args.dataloader_drop_last, args.remove_unused_columns = own
+            args.__dict__.update(own)
+            self.data_collator = collator
 
-    def _get_training_batches(self, dataset: Any, batch_size: int, sampler_fn: Callable) -> DataLoader:
+    def _get_training_batches(self, dataset: Any, batch_size: int) -> DataLoader:
         args, collator, n_workers = self.args, self.data_collator, self.args.dataloader_num_workers
+        sampler: Any
         if isinstance(collator, CellCollator):
             dataset = as_token_rows(dataset)
         if isinstance(dataset, IterableDataset):
@@ -330,10 +311,21 @@ class CellTrainer(ResumableTrainer):
                     f"dataloader_num_workers={n_workers} is lowered to 1: each worker would read the whole stream."
                 )
                 n_workers = 1
-            dataset, sampler = self._read_stream(dataset, batch_size)
-            collator = only
+            self._stream, sampler = read_stream(
+                dataset,
+                args,
+                batch_size,
+                collator,
+                max_tokens_per_batch=self._token_budget,
+                packing=self._is_packed(),
+                max_cells=collator.pad_packed_to[1] if self._has_fixed_size else None,
+                seed=self.seed_of_order,
+                tokenizer=self.processing_class,
+                mark=self._stream_mark,
+            )
+            dataset, collator = self._stream, only
         else:
-            sampler = sampler_fn(self.train_dataset)
+            sampler = self.get_train_sampler()
         if not isinstance(sampler, (StreamOrder, TokenBudgetBatchSampler)):
             # accelerate's own sampler would fill the last batches with rows of earlier ones.
             sampler = EvenBatchSampler(
@@ -358,60 +350,6 @@ class CellTrainer(ResumableTrainer):
             generator=torch.Generator(),
         )
         return self.accelerator.prepare(loader)
-
-    def _read_stream(self, stream: IterableDataset, batch_size: int) -> tuple[StreamBatches, StreamOrder]:
-        """Return the batches of a stream, indexed by number, and the batch numbers of an epoch.
-
-        The processes take turns at the batches of the whole stream, or, if it is split, each has those of its part. If
-        the number of batches is unknown, Trainer takes `max_steps` steps as one epoch.
-        """
-        args = self.args
-        rank, n_parts = part_of(stream)
-        if n_parts > 1 and (rank, n_parts) != (args.process_index, args.world_size):
-            raise ValueError(
-                f"The stream is part {rank} of {n_parts}, but this is process {args.process_index} of "
-                f"{args.world_size}: split it with rank=args.process_index and world_size=args.world_size, so that "
-                "each process reads its own part, or not at all."
-            )
-        if n_parts > 1 and args.accelerator_config.dispatch_batches:
-            raise ValueError(
-                "accelerator_config: with dispatch_batches=True only the first process reads, and the stream is "
-                "split: leave one out."
-            )
-        if getattr(stream, "tokenizer", self) is None:
-            raise ValueError("The stream yields counts: pass it the tokenizer, IterableAnnDataset(files, tokenizer).")
-        if args.dataloader_drop_last:
-            raise ValueError("dataloader_drop_last is not supported for a stream.")
-        in_turn = args.world_size // n_parts  # number of processes that share what one of them reads
-        budget, in_a_step = self._token_budget, in_turn * args.gradient_accumulation_steps
-        n_cells = cells_of_largest_part(stream) if budget is None else None
-        window: dict[str, Any]
-        if budget is not None:
-            most = self.data_collator.pad_packed_to[1] if self._has_fixed_size else None
-            window = {"max_tokens_per_batch": budget, "packing": self._is_packed(), "max_cells": most}
-        else:  # without grouping by length, a window is a batch, in the order of the stream
-            cells = batch_size * in_a_step
-            by_length = args.train_sampling_strategy == "group_by_length"
-            size = cells * max(1, 2048 // cells) if by_length else batch_size
-            window = {"max_tokens_per_batch": _NO_BUDGET, "max_cells": batch_size, "buffer_size": size}
-        if n_cells is not None:
-            n_batches = math.ceil(n_cells / (batch_size * in_turn)) * in_turn
-        elif args.max_steps > 0:
-            n_batches = args.max_steps * in_a_step
-        else:
-            raise ValueError("The number of batches of a stream is unknown until it has been read: pass max_steps.")
-        batches = TokenBudgetBuffer(
-            stream,
-            n_tokens=partial(_tokens_of, self.processing_class),
-            seed=self.seed_of_order,
-            # Trainer takes a stream of unknown length as one epoch, so a step could span two passes over the files.
-            # With a whole number of steps per pass, the order is the same on any number of processes.
-            world_size=in_turn if n_cells is not None else in_a_step,
-            n_batches=n_batches if n_parts > 1 and n_cells is not None else None,
-            **window,
-        )
-        self._stream = StreamBatches(batches, self.data_collator, self._stream_mark)
-        return self._stream, StreamOrder(n_batches, n_parts)
 
     def _prepare_inputs(self, inputs):
         """Prepare inputs as Trainer does; counts keep their dtype even if DeepSpeed casts to half precision."""
@@ -505,7 +443,7 @@ class CellTrainer(ResumableTrainer):
             order["train_dataset"] = self._cells
         if by_cells and strategy == "random":
             # Checkpoints of earlier versions have the rows in another random order.
-            order["random order"] = ORDER if isinstance(self._get_train_sampler(), BlockShuffleSampler) else None
+            order["random order"] = ORDER if isinstance(self.get_train_sampler(), BlockShuffleSampler) else None
         name, size = "gradient_accumulation_steps * processes", args.gradient_accumulation_steps * args.world_size
         if by_cells:
             name, size = f"per_device_train_batch_size * {name}", self._train_batch_size * size
@@ -558,15 +496,3 @@ def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, 
     if len(weights) != len(dataset):
         raise ValueError(f"sampling: {len(weights)} weights for {len(dataset)} rows: one is needed for each.")
     return {**sampling, "weights": np.asarray(weights)[have_counts(as_selection(dataset))]}
-
-
-def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens of a cell of a stream; None if it has no genes, so that it is left out."""
-    n_tokens = len(cell["input_ids"])
-    may_be_empty = isinstance(tokenizer, GeneTokenizer) and n_tokens <= 2 + len(tokenizer.included_phenotypes)
-    if may_be_empty and not tokenizer.get_gene_tokens_mask(np.asarray(cell["input_ids"], np.int64)).any():
-        return None
-    return n_tokens
-
-
-__all__ = ["CellTrainer", "check_tokenizer_fits"]

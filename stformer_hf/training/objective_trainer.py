@@ -16,7 +16,6 @@ from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.heads import pool
 from ..store.cell_store import CellStore
 from .cell_trainer import CellTrainer
-from .checkpoints import mark_unfinished
 from .loss_trainer import filling_cells, sum_dtype, without_labels
 from .objectives import check_objectives
 from .objectives.contrast import cells_with_negatives, comparable_cells, contrast_loss, contrast_of_totals
@@ -156,11 +155,12 @@ class ObjectiveTrainer(CellTrainer):
 
     # ------------------------------------------------------------------ batches
 
-    def _get_train_sampler(self, train_dataset: Any = None):
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+    def get_train_sampler(self):
+        """Return the sampler of CellTrainer; for objectives on `[CLS]`, in a random order, a SameSourceSampler."""
+        dataset = self.train_dataset
         in_random_order = self.max_tokens_per_batch is None and self.args.train_sampling_strategy == "random"
         if not self._trains_cls or not in_random_order or isinstance(dataset, IterableDataset) or dataset is None:
-            return super()._get_train_sampler(train_dataset)
+            return super().get_train_sampler()
         sources = sources_of(dataset, self.batch_key)
         return SameSourceSampler(sources, self._train_batch_size, self.seed_of_order, draw=self._draw(dataset))
 
@@ -267,12 +267,9 @@ class ObjectiveTrainer(CellTrainer):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _save_checkpoint(self, model, trial):
-        if self._average is not None and self.args.should_save:
-            checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            mark_unfinished(checkpoint)
+    def _save_more(self, checkpoint: Path) -> None:
+        if self._average is not None:
             self._average.save(checkpoint)
-        super()._save_checkpoint(model, trial)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._watched[True] = []  # forget an attempt that ran out of memory

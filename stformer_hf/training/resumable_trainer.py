@@ -153,11 +153,15 @@ class ResumableTrainer(LossTrainer):
         if self.args.should_save:
             self.state.stateful_callbacks[_ORDER] = self._order()
             mark_unfinished(checkpoint)
+            self._save_more(checkpoint)
         self.accelerator.wait_for_everyone()
         if self._stream_mark is not None and (self.args.should_save or part_of(self.train_dataset)[1] > 1):
             checkpoint.mkdir(parents=True, exist_ok=True)
             (checkpoint / self._stream_mark_file).write_text(json.dumps(self._stream_mark))
         super()._save_checkpoint(model, trial)
+
+    def _save_more(self, checkpoint: Path) -> None:
+        """Write what a trainer adds to a checkpoint, in the process that saves; for subclasses to override."""
 
     def _save(self, output_dir=None, state_dict=None):
         """Save as Trainer does, with the out-of-fold predictions; beside an adapter the configuration of its model.

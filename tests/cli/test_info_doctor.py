@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from stformer_hf import CellNeighborhoodConfig, CellStore, GeneBertForClassification
 from stformer_hf.cli import main
 from stformer_hf.cli.doctor import EXTRAS, _version
-from stformer_hf.models.gene_bert.modeling_gene_bert import best_attention
+from stformer_hf.models.gene_bert.pretrained_gene_bert import best_attention
 from stformer_hf.training.calibration import OutOfFold, load_out_of_fold, replace_out_of_fold
 from stformer_hf.training.loading import is_adapter, load_config, load_model, load_tokenizer
 

@@ -21,7 +21,7 @@ from stformer_hf import (
     GeneBertForTokenClassification,
     GeneBertModel,
 )
-from stformer_hf.models.gene_bert import modeling_gene_bert
+from stformer_hf.models.gene_bert import pretrained_gene_bert
 
 CLASSES = [GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertForTokenClassification]
 
@@ -89,7 +89,7 @@ def test_what_every_model_of_transformers_does(model_class, plain_config, batche
 
 def test_attention_chosen_by_itself(plain_config, batches, tmp_path, caplog):
     GeneBertForPhenotypicMLM(plain_config).save_pretrained(tmp_path)
-    modeling_gene_bert.logger.warning_once.cache_clear()
+    pretrained_gene_bert.logger.warning_once.cache_clear()
     auto = AutoModelForMaskedLM.from_pretrained(tmp_path, attn_implementation="auto").eval()
     assert "'sdpa'" in caplog.text
     assert auto.config._attn_implementation == "sdpa"
@@ -122,12 +122,12 @@ def test_version_of_flash_attention_by_card(capability, installed, expected, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     for number in (2, 3, 4):
-        monkeypatch.setattr(modeling_gene_bert, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
-    monkeypatch.setattr(modeling_gene_bert, "HAS_VARLEN", True)
-    assert modeling_gene_bert.best_attention(torch.bfloat16)[0] == expected
-    assert modeling_gene_bert.best_attention(torch.float32)[0] == "sdpa"
+        monkeypatch.setattr(pretrained_gene_bert, f"is_flash_attn_{number}_available", lambda n=number: n in installed)
+    monkeypatch.setattr(pretrained_gene_bert, "HAS_VARLEN", True)
+    assert pretrained_gene_bert.best_attention(torch.bfloat16)[0] == expected
+    assert pretrained_gene_bert.best_attention(torch.float32)[0] == "sdpa"
     # The others ignore attention dropout.
-    assert (modeling_gene_bert.best_attention(torch.bfloat16, 0.1)[0] == "flash_attention_2") == (2 in installed)
+    assert (pretrained_gene_bert.best_attention(torch.bfloat16, 0.1)[0] == "flash_attention_2") == (2 in installed)
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("no build for this torch"), "no kernels"])
@@ -146,13 +146,13 @@ def test_the_kernel_of_the_hub_serves_where_torch_does_not(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     for number in (2, 3, 4):
-        monkeypatch.setattr(modeling_gene_bert, f"is_flash_attn_{number}_available", lambda: False)
-    monkeypatch.setattr(modeling_gene_bert, "is_kernels_available", lambda: failure != "no kernels")
-    monkeypatch.setattr(modeling_gene_bert, "HAS_VARLEN", has_varlen)
-    monkeypatch.setattr(modeling_gene_bert, "load_and_register_attn_kernel", load)
+        monkeypatch.setattr(pretrained_gene_bert, f"is_flash_attn_{number}_available", lambda: False)
+    monkeypatch.setattr(pretrained_gene_bert, "is_kernels_available", lambda: failure != "no kernels")
+    monkeypatch.setattr(pretrained_gene_bert, "HAS_VARLEN", has_varlen)
+    monkeypatch.setattr(pretrained_gene_bert, "load_and_register_attn_kernel", load)
     monkeypatch.setattr(modeling_utils, "lazy_import_flash_attention", lambda *args, **kwargs: None)
-    modeling_gene_bert.logger.warning_once.cache_clear()
-    modeling_gene_bert._load_from_hub.cache_clear()
+    pretrained_gene_bert.logger.warning_once.cache_clear()
+    pretrained_gene_bert._load_from_hub.cache_clear()
     plain_config.attention_probs_dropout_prob = dropout
     model = GeneBertModel._from_config(plain_config, attn_implementation="auto", dtype=torch.bfloat16)
     if has_varlen and not dropout:
@@ -168,9 +168,9 @@ def test_the_kernel_of_the_hub_serves_where_torch_does_not(
         assert model.config._attn_implementation == kernel and asked == [kernel]
         assert f"{kernel!r} here: flash-attn is not installed" in caplog.text
     assert ("HF_HUB_OFFLINE=1" in caplog.text) == bool(asked)
-    again = modeling_gene_bert.best_attention(torch.bfloat16, dropout)[0]
+    again = pretrained_gene_bert.best_attention(torch.bfloat16, dropout)[0]
     assert again == model.config._attn_implementation and len(asked) < 2
-    modeling_gene_bert._load_from_hub.cache_clear()
+    pretrained_gene_bert._load_from_hub.cache_clear()
 
 
 # ---------------------------------------------------------------------- precision, placement, memory

@@ -23,7 +23,8 @@ from stformer_hf import (
 )
 from stformer_hf.batches.collate import pad
 from stformer_hf.batches.token_rows import TokenRows
-from stformer_hf.training.cell_trainer import CellTrainer, check_tokenizer_fits
+from stformer_hf.training.cell_trainer import CellTrainer
+from stformer_hf.training.identity import check_tokenizer_fits
 from tests.conftest import make_adata
 
 SCHEMES = {

@@ -67,7 +67,8 @@ def test_ddp_does_not_search_for_unused_parameters(store, tokenizer, tmp_path):
     asked = make_trainer(tmp_path, store, tokenizer, compiled=False, ddp_find_unused_parameters=True)
     assert asked.accelerator.ddp_handler.find_unused_parameters is True
     trainer.model.config.cell_decoder = True  # whose outputs the masked loss does not read
-    assert trainer._build_accelerator_args()["kwargs_handlers"][0].find_unused_parameters is True
+    trainer.create_accelerator_and_postprocess()
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is True
 
 
 def test_sums_have_a_dtype_that_the_device_has():

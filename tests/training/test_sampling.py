@@ -132,7 +132,7 @@ def test_stores_are_mixed_by_shares(rare, store, tokenizer, tmp_path):
 def test_objectives_fill_batches_from_the_cells_that_are_drawn(rare, tmp_path):
     whole = GeneTokenizer.from_store(rare, bin_edges=[0.5, 1.5], whole_cell=True)
     trainer = make_objectives(tmp_path / "run", rare, whole)
-    rows = list(trainer._get_train_sampler())
+    rows = list(trainer.get_train_sampler())
     drawn = WeightedDraw.from_dataset(trainer.train_dataset, **BALANCED)(np.random.default_rng([42, 0]))
     assert sorted(rows) == sorted(drawn.tolist())
     types = trainer.train_dataset.obs["cell_type"].to_numpy()[rows]

@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 
 from stformer_hf import CellTrainer, GeneBertConfig, GeneBertForPhenotypicMLM, GeneTokenizer, IterableAnnDataset
 from stformer_hf.batches.stream_batches import TokenBudgetBuffer
+from stformer_hf.training.streams import read_stream
 
 ADATA = make_adata(64)  # the cell number 3 has no counts
 TOKENIZER = GeneTokenizer.from_store(IterableAnnDataset(ADATA), bin_edges=[0.5, 1.5, 3.5])
@@ -63,12 +64,22 @@ def batches_of(trainer, stream, process, epochs=1, mark=None, skip=0, batch_size
     order = {"max_tokens_per_batch": None, "packing": False, "accumulation": 1, "max_steps": -1, "by_length": False}
     order |= settings
     trainer.train_dataset, trainer._stream_mark, trainer._train_batch_size = stream, mark, batch_size
-    trainer.max_tokens_per_batch, trainer.data_collator.packing = order["max_tokens_per_batch"], order["packing"]
     args = trainer.args
     args.process, args.per_device_train_batch_size, args.max_steps = process, batch_size, order["max_steps"]
     args.gradient_accumulation_steps = order["accumulation"]
     args.train_sampling_strategy = "group_by_length" if order["by_length"] else "random"
-    batches, numbers = trainer._read_stream(stream, batch_size)
+    batches, numbers = read_stream(
+        stream,
+        args,
+        batch_size,
+        trainer.data_collator,
+        max_tokens_per_batch=order["max_tokens_per_batch"],
+        packing=order["packing"],
+        max_cells=None,
+        seed=trainer.seed_of_order,
+        tokenizer=TOKENIZER,
+        mark=mark,
+    )
     cells, marks = [], []
     for epoch in range(epochs):
         numbers.set_epoch(epoch)

@@ -346,7 +346,8 @@ def test_lengths_are_of_the_column_that_is_named(store, tokenizer, tmp_path):
 
     def order(**arguments):
         trainer = pretrainer(tmp_path, store, tokenizer, train_sampling_strategy="group_by_length", **arguments)
-        return list(trainer._get_train_sampler(tokens))
+        trainer.train_dataset = tokens
+        return list(trainer.get_train_sampler())
 
     assert sorted(order(length_column_name="n_tokens")) == list(range(len(tokens)))
     with pytest.raises(ValueError, match="no column `length`"):
@@ -363,11 +364,8 @@ def test_one_handler_saves_on_a_signal(store, tokenizer, tmp_path):
 
 # Private methods of Trainer that the trainers here override, because no public one or callback does the same.
 OVERRIDDEN = {
-    "_build_accelerator_args": "DDP must not search for unused parameters",
     "_get_dataloader": "the samplers, collators and streams of this package",
-    "_get_eval_sampler": "cells are evaluated in their order, also if training groups them by length",
     "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
-    "_get_train_sampler": "the order of the cells",
     "_issue_warnings_after_load": "tied weights are not missing",
     "_maybe_log_save_evaluate": "the clock stops for it",
     "_prepare_for_training": "the clock and all sums start again, and the average starts or is loaded; the order is "

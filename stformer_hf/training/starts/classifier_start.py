@@ -20,15 +20,7 @@ from ...store.cell_store import CellStore
 from ..calibration import OutOfFold
 from .cell_features import CellFeatures, ViewFeatures, stack, unfitted
 from .labelled_cells import LabelledCells, labelled_cells
-from .linear_readers import (
-    FoldFeatures,
-    Linear,
-    ReaderChoice,
-    centroids,
-    choose_readers,
-    inner_folds,
-    quick_fits,
-)
+from .linear_readers import FoldFeatures, Linear, ReaderChoice, centroids, choose_readers, inner_folds, quick_fits
 from .spectral_start import cell_embedding_of
 
 logger = logging.getLogger(__name__)
