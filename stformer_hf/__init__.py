@@ -42,11 +42,8 @@ _MODULES = {
     "models.cell_neighborhood.configuration_cell_neighborhood": ["CellNeighborhoodConfig"],
     "models.cell_neighborhood.modeling_cell_neighborhood": ["CellNeighborhoodForMaskedCell"],
     # training
-    "batches.collators": [
-        "DataCollatorForCellClassification",
-        "DataCollatorForGeneRankMLM",
-        "DataCollatorForPhenotypicMLM",
-    ],
+    "batches.collators": ["DataCollatorForGeneRankMLM", "DataCollatorForPhenotypicMLM"],
+    "batches.label_collator": ["DataCollatorForCellClassification"],
     "training.cell_trainer": ["CellTrainer"],
     "training.pretrainer": ["STFormerPretrainer"],
     "space.neighborhood_trainer": ["NeighborhoodTrainer"],

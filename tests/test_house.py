@@ -21,7 +21,7 @@ ROOMS = (
     *("compat", "cli"),
 )
 # What a checkpoint takes along, and every door reads cells by: which gene a column is, and where the counts are.
-SHARED = {("models", "gene_bert", name) for name in ("gene_columns", "cell_counts", "cell_tables")}
+SHARED = {("models", "gene_bert", name) for name in ("gene_columns", "feature_types", "cell_counts", "cell_tables")}
 # huggingface_hub (`strict` configurations) and tokenizers (tokenizer.json) come with transformers.
 MODEL_FILES_MAY_IMPORT = {"transformers", "torch", "numpy", "huggingface_hub", "tokenizers"} | sys.stdlib_module_names
 

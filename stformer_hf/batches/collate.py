@@ -30,8 +30,6 @@ class CellCollator(ABC):
     epoch to epoch in loops that do not know of `set_epoch`.
     """
 
-    mlm_probability = phenotype_mask_prob = 0.0  # shares of genes and phenotypes that are masked
-
     def __init__(
         self,
         tokenizer: GeneTokenizer,
@@ -41,13 +39,18 @@ class CellCollator(ABC):
         packing: bool,
         max_tokens: int | None,
         pad_packed_to: tuple[int, int] | None = None,
+        mlm_probability: float = 0.0,
+        phenotype_mask_prob: float = 0.0,
     ):
         check_probability("gene_dropout", gene_dropout)
+        check_probability("mlm_probability", mlm_probability)
+        check_probability("phenotype_mask_prob", phenotype_mask_prob)
         if packing and pad_to_multiple_of:
             raise ValueError("A packed batch is not padded: do not set pad_to_multiple_of.")
         if pad_packed_to is not None and not packing:
             raise ValueError("pad_packed_to is for packed batches: set packing=True.")
         self.tokenizer = tokenizer
+        self.mlm_probability, self.phenotype_mask_prob = mlm_probability, phenotype_mask_prob  # shares that are masked
         self.gene_dropout = gene_dropout
         self.pad_to_multiple_of = pad_to_multiple_of
         self.seed = seed

@@ -236,12 +236,7 @@ class IterableAnnDataset(IterableDataset):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the reading position in this process.
-
-        Returns
-        -------
-        dict
-            Plain numbers, strings, lists and dictionaries, for `load_state_dict`.
+        """Return the reading position in this process, as plain values for `load_state_dict`.
 
         Raises
         ------
@@ -276,12 +271,7 @@ class IterableAnnDataset(IterableDataset):
         -------
         dict
             State for `load_state_dict`; a new loader over that dataset then returns the remaining batches, in the same
-            order.
-
-        Raises
-        ------
-        ValueError
-            The epoch has fewer batches.
+            order. An epoch of fewer batches raises a ValueError.
         """
         n_workers = max(1, num_workers)
         n_cells = np.diff([self._range(worker, n_workers) for worker in range(n_workers)]).ravel()

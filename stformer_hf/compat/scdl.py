@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,18 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from ..store.cell_store import CellStore
-from .scdl_building import append, check_free, check_values, convert, count_neighbors, exactly, unite, value_type
+from .scdl_building import (
+    append,
+    check_free,
+    check_values,
+    choose,
+    convert,
+    count_neighbors,
+    exactly,
+    number_below,
+    unite,
+    value_type,
+)
 
 
 class NeighborSamplingStrategy(StrEnum):
@@ -34,9 +45,10 @@ class NeighborSamplingStrategy(StrEnum):
 class SingleCellMemMapDataset(Dataset):
     """Cells on disk with the interface of BioNeMo-SCDL, as a map-style torch dataset: a view of a `CellStore`.
 
-    Its methods replace attributes of AnnData (`adata.n_obs` is `data.number_of_rows()`). Rows are copies: changing
-    them does not change the data on disk, which are always valid, saved or not. Row and column numbers may be
-    negative, as in Python; one that does not exist raises an IndexError.
+    The attribute `store` is that `CellStore`. The methods replace attributes of AnnData (`adata.n_obs` is
+    `data.number_of_rows()`). Rows are copies: changing them does not change the data on disk, which are always
+    valid, saved or not. Row and column numbers may be negative, as in Python; one that does not exist raises an
+    IndexError.
 
     Parameters
     ----------
@@ -74,11 +86,6 @@ class SingleCellMemMapDataset(Dataset):
         Seed for sampling neighbours; by default it differs each time. In workers of a `DataLoader` it is combined with
         the worker's own seed, which follows `torch.manual_seed` and differs between workers and epochs.
 
-    Attributes
-    ----------
-    store : CellStore
-        The cells.
-
     Raises
     ------
     FileNotFoundError
@@ -94,17 +101,7 @@ class SingleCellMemMapDataset(Dataset):
     Genes of concatenated files are united by id, so that there is always one block of rows with the same genes.
     Pickling passes the path, not the data, so that workers may be spawned.
 
-    Code for BioNeMo-SCDL meets these differences:
-
-    - files of its own: no memory maps (`data`, `row_index`, `col_index`, `dtypes`), and no empty dataset
-      (`num_rows`, `num_elements`);
-    - columns of a row ascend, and values of a column that a file repeats in a row are summed;
-    - genes have names: a file whose genes are numbered is refused;
-    - `features`, `var_features` and `obs_features` return tables;
-    - X is read, without `use_X_not_raw`, if a file has no raw;
-    - a value that does not fit `data_dtype` is an error, not a warning, and datasets of integers and of fractions
-      may be concatenated;
-    - the second argument of `concat` is `output_path`.
+    The page "From BioNeMo-SCDL" of the documentation lists what differs for code that was written for it.
     """
 
     def __init__(
@@ -145,10 +142,7 @@ class SingleCellMemMapDataset(Dataset):
             self.load_h5ad(h5ad_path)
 
     def load(self, stored_path: str | Path) -> None:
-        """Open the dataset at a path, in place of the current one.
-
-        A dataset that does not exist, or is incomplete, raises a FileNotFoundError.
-        """
+        """Open the dataset at a path, in place of the current one; a FileNotFoundError if there is no whole one."""
         try:
             store = CellStore(stored_path)
         except FileNotFoundError as error:
@@ -257,7 +251,7 @@ class SingleCellMemMapDataset(Dataset):
         known = self._gene_variables
         if names is None:
             return [values for name, values in known.items() if name not in ("gene_id", "symbol")]
-        return _choose({"feature_id": known["gene_id"], **known}, names, "gene")  # SCDL's name for the index of var
+        return choose({"feature_id": known["gene_id"], **known}, names, "gene")  # SCDL's name for the index of var
 
     # ------------------------------------------------------------------ rows
 
@@ -300,10 +294,7 @@ class SingleCellMemMapDataset(Dataset):
         obs_features : list, or None
             One value per variable. Only with the interface of 0.1.3, see the class.
 
-        Raises
-        ------
-        ValueError
-            A variable is unknown; values do not fit `data_dtype`.
+        An unknown variable, or values that do not fit `data_dtype`, raise a ValueError.
         """
         of_new = (return_obs_features, obs_feature_names, return_var_features, var_feature_names)
         _, columns, values = self._read([operator.index(index)])
@@ -317,9 +308,9 @@ class SingleCellMemMapDataset(Dataset):
 
     def _obs_values(self, index: int, names: Sequence[str] | None) -> list:
         obs = self.store.obs
-        number = _number(index, len(obs), "rows")
+        number = number_below(index, len(obs), "rows")
         known = {"obs_feature_id": obs.index.to_series(), **{name: obs[name] for name in obs}}
-        return [values.iloc[number] for values in _choose(known, list(obs) if names is None else names, "cell")]
+        return [values.iloc[number] for values in choose(known, list(obs) if names is None else names, "cell")]
 
     def get_row_padded(self, index: int, *args: Any, **kwargs: Any) -> tuple:
         """Read a cell with its zeros: array (n_variables,) of `data_dtype`, and the features; as `get_row`."""
@@ -327,17 +318,9 @@ class SingleCellMemMapDataset(Dataset):
         return self._padded(*row), *features
 
     def get_row_column(self, index: int, column: int, impute_missing_zeros: bool = True) -> float | None:
-        """Read one value.
-
-        Parameters
-        ----------
-        index, column : int
-            Row and column number.
-        impute_missing_zeros : bool, default: True
-            Return 0.0 for a value that is not stored, else None.
-        """
+        """Read one value; one that is not stored is 0.0, or None without `impute_missing_zeros`."""
         values, columns = self.get_row(index)[0]
-        found = values[columns == _number(column, len(self.store.genes), "variables")]
+        found = values[columns == number_below(column, len(self.store.genes), "variables")]
         if len(found):
             return float(found[0])
         return 0.0 if impute_missing_zeros else None
@@ -371,19 +354,12 @@ class SingleCellMemMapDataset(Dataset):
     def get_row_with_neighbor(self, index: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a cell and one of its neighbours, chosen by `sample_neighbor_index`; arguments of `get_row`.
 
-        Returns
-        -------
-        dict
-            `current_cell` and `next_cell`: (values, columns), as from `get_row`; `current_cell_index` and
-            `next_cell_index`: their row numbers; `features`, which 0.1.3 calls `var_features`, and `obs_features`,
-            or None.
-
-        Raises
-        ------
-        ValueError
-            The dataset was made or opened without neighbours; or as for `sample_neighbor_index` and `get_row`.
+        Return `current_cell` and `next_cell`, (values, columns) as from `get_row`; `current_cell_index` and
+        `next_cell_index`, their row numbers; `features`, which 0.1.3 calls `var_features`, and `obs_features`, or
+        None. A dataset that was made or opened without neighbours raises a ValueError; other errors are those of
+        `sample_neighbor_index` and `get_row`.
         """
-        number = _number(index, len(self), "rows")
+        number = number_below(index, len(self), "rows")
         if not self.load_neighbors:
             raise ValueError(f"The neighbours of {self.data_path} are not loaded: open it with load_neighbors=True.")
         neighbor = self.sample_neighbor_index(number)
@@ -417,7 +393,7 @@ class SingleCellMemMapDataset(Dataset):
         return self._neighbors(cell_index)[1]
 
     def _neighbors(self, cell_index: int) -> tuple[np.ndarray, np.ndarray]:
-        number = _number(cell_index, len(self), "rows")
+        number = number_below(cell_index, len(self), "rows")
         if not self.load_neighbors:
             return np.empty(0, np.int64), np.empty(0, np.float32)
         found = self.store.neighbors([number])
@@ -436,7 +412,7 @@ class SingleCellMemMapDataset(Dataset):
             return int(neighbors[0 if first else self._random().integers(len(neighbors))])
         if self.load_neighbors and not self.fallback_to_identity:
             raise ValueError(f"Cell {cell_index} has no neighbours, and fallback_to_identity is False.")
-        return _number(cell_index, len(self), "rows")
+        return number_below(cell_index, len(self), "rows")
 
     def _random(self) -> np.random.Generator:
         # A forked process has a copy of its parent's generator, and must not draw the same numbers.
@@ -450,11 +426,8 @@ class SingleCellMemMapDataset(Dataset):
     def get_neighbor_stats(self) -> dict[str, bool | int | float]:
         """Count the neighbours.
 
-        Returns
-        -------
-        dict
-            `has_neighbors`; if it is True also `total_connections`, `min_neighbors_per_cell`,
-            `max_neighbors_per_cell`, `avg_neighbors_per_cell` and `cells_with_no_neighbors`.
+        Return `has_neighbors`, and if it is True also `total_connections`, `min_neighbors_per_cell`,
+        `max_neighbors_per_cell`, `avg_neighbors_per_cell` and `cells_with_no_neighbors`.
         """
         if not (self.load_neighbors and self.store.manifest["neighbors"]):
             return {"has_neighbors": False}
@@ -488,7 +461,7 @@ class SingleCellMemMapDataset(Dataset):
             Path to write all of them to, with the obs columns of all; this object then refers to the new dataset, and
             the old one is kept on disk. By default the dataset at `data_path` grows, and keeps its obs columns.
         extend_copy_size : int, optional
-            No effect; in SCDL, the number of bytes copied at a time.
+            No effect.
         destroy_on_copy : bool, default: False
             Remove the copied datasets once everything is written: the others, and with `output_path` this one.
 
@@ -525,19 +498,3 @@ class SingleCellMemMapDataset(Dataset):
         wanted = value_type(dtype)
         check_values(self.store, wanted, self.data_dtype_tolerance)
         self.data_dtype = wanted
-
-
-def _choose(known: Mapping[str, Any], names: Sequence[str], of: str) -> list:
-    """Return the variables of genes or cells with these names; raise a ValueError if there is no such variable."""
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ValueError(f"No {of} variable {unknown[0]!r}; variables are {', '.join(known)}.")
-    return [known[name] for name in names]
-
-
-def _number(index: int, n: int, what: str) -> int:
-    """Convert an index that may be negative to a number below n; raise an IndexError if it is outside."""
-    number = operator.index(index)
-    if not -n <= number < n:
-        raise IndexError(f"{number} is outside the {n} {what}.")
-    return number % n

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,3 +148,19 @@ def count_neighbors(store: CellStore) -> np.ndarray:
     blocks = range(0, len(store), _ROWS_AT_ONCE)
     counts = [np.diff(store.neighbors(slice(start, start + _ROWS_AT_ONCE)).indptr) for start in blocks]
     return np.concatenate([np.zeros(0, np.int64), *counts])
+
+
+def choose(known: Mapping[str, Any], names: Sequence[str], of: str) -> list:
+    """Return the variables of genes or cells with these names; raise a ValueError if there is no such variable."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"No {of} variable {unknown[0]!r}; variables are {', '.join(known)}.")
+    return [known[name] for name in names]
+
+
+def number_below(index: int, n: int, what: str) -> int:
+    """Convert an index that may be negative to a number below n; raise an IndexError if it is outside."""
+    number = operator.index(index)
+    if not -n <= number < n:
+        raise IndexError(f"{number} is outside the {n} {what}.")
+    return number % n

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 from sklearn.dummy import DummyClassifier
 from sklearn.linear_model import LogisticRegression
@@ -129,3 +132,25 @@ def log_normalise(counts: sparse.sparray | np.ndarray, totals: np.ndarray | None
     totals = values.sum(axis=1) if totals is None else totals
     values.data = np.log1p(1e4 * values.data / np.repeat(np.where(totals > 0, totals, 1), np.diff(values.indptr)))
     return values
+
+
+def import_scvi() -> Any:
+    """Return the module scvi; an ImportError says how to install it."""
+    try:
+        import scvi
+    except ImportError as error:
+        raise ImportError(f"The baseline scvi needs its extra: pip install 'stformer_hf[scvi]' ({error}).") from error
+    return scvi
+
+
+def scvi_embedding(counts: sparse.csr_array, batches: np.ndarray | None, seed: int) -> np.ndarray:
+    """Train scVI (Lopez et al. 2018) with its defaults, batches included: float64 array (n_cells, d)."""
+    scvi = import_scvi()
+    scvi.settings.seed = seed
+    cells = AnnData(sparse.csr_matrix(counts).astype(np.float32))
+    if batches is not None:
+        cells.obs["batch"] = pd.Categorical(batches)
+    scvi.model.SCVI.setup_anndata(cells, batch_key=None if batches is None else "batch")
+    model = scvi.model.SCVI(cells)
+    model.train()
+    return np.asarray(model.get_latent_representation(), np.float64)

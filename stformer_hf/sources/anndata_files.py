@@ -20,7 +20,7 @@ from anndata.io import read_elem, read_h5ad
 from ..genes.gene_table import GeneTable
 from ..models.gene_bert.cell_counts import split_features
 from ..models.gene_bert.cell_tables import choose_table, join_obs
-from ..models.gene_bert.gene_columns import GENES
+from ..models.gene_bert.feature_types import GENES
 from .matrices import ColumnMatrix, CompressedMatrix, DenseMatrix, FileHandle, Matrix, MemoryMatrix, Selection
 from .registry import Layer, reads
 

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ..genes.gene_table import GeneTable
 from ..genes.text_files import read_columns, read_text_table
-from ..models.gene_bert.gene_columns import GENES
+from ..models.gene_bert.feature_types import GENES
 from .anndata_files import by_feature_type
 from .matrices import Selection
 from .mtx_files import beside, file_of, names_table, rows_of_mtx

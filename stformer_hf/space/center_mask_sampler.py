@@ -380,10 +380,6 @@ class CenterMaskSampler(Dataset):
         items : sequence of int
             Item numbers in any order, repeats allowed; negative ones count from the end.
 
-        Returns
-        -------
-        NeighborhoodBatch
-
         Raises
         ------
         IndexError

@@ -238,10 +238,6 @@ class CellStore(StoreReader):
         rows_per_batch, rows_per_shard : int
             Cells per Arrow record batch (and per block in memory), and cells per file.
 
-        Returns
-        -------
-        CellStore
-
         Raises
         ------
         FileExistsError
@@ -339,10 +335,6 @@ class CellStore(StoreReader):
         overwrite : bool, default: False
             Replace a store at the path.
 
-        Returns
-        -------
-        CellStore
-
         Raises
         ------
         ValueError
@@ -363,10 +355,6 @@ class CellStore(StoreReader):
             Folder to create.
         overwrite : bool, default: False
             Replace a store at the path.
-
-        Returns
-        -------
-        CellStore
         """
         return CellStore.build(
             path,

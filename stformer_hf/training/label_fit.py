@@ -11,8 +11,8 @@ from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
 
-from ..batches.collators import DataCollatorForCellClassification, refuse_minus_100
 from ..batches.iterable_ann_dataset import IterableAnnDataset
+from ..batches.label_collator import DataCollatorForCellClassification, refuse_minus_100
 from ..genes.wrong_names import some_of
 from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 from ..store.cell_store import CellStore

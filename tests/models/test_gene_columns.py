@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stformer_hf import GeneTokenizer
+from stformer_hf.models.gene_bert.feature_types import GENES, feature_types
 from stformer_hf.models.gene_bert.gene_columns import (
-    GENES,
     ColumnNames,
     clean_names,
-    feature_types,
     guess_species,
     resolve_genes,
     strip_version,

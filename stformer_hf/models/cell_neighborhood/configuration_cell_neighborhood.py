@@ -154,10 +154,6 @@ class CellNeighborhoodConfig(PreTrainedConfig):
         **kwargs
             Any other field, such as `n_genes` and `n_cell_types`; overrides the values of the size.
 
-        Returns
-        -------
-        CellNeighborhoodConfig
-
         Raises
         ------
         ValueError

@@ -306,10 +306,6 @@ class CellNeighborhoodModel(CellNeighborhoodPreTrainedModel):
         **kwargs
             Other keys of a batch, such as `segment_ids`, `seq_idx`, `full_mask` and `bs`, are ignored.
 
-        Returns
-        -------
-        CellNeighborhoodModelOutput
-
         Raises
         ------
         ValueError
@@ -458,10 +454,6 @@ class CellNeighborhoodForMaskedCell(CellNeighborhoodPreTrainedModel):
         **kwargs
             `cu_seq_lens`, or `encoder_mask`, `pooling_mask` and `decoder_mask`, and other arguments of
             `CellNeighborhoodModel.forward`.
-
-        Returns
-        -------
-        CellNeighborhoodForMaskedCellOutput
 
         Raises
         ------

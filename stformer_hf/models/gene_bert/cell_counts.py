@@ -11,7 +11,8 @@ import numpy as np
 from transformers.utils import logging
 
 from .cell_tables import find_table, is_mudata, is_spatialdata
-from .gene_columns import GENES, ColumnNames, GeneNames, SharedNames, feature_types
+from .feature_types import GENES, feature_types
+from .gene_columns import ColumnNames, GeneNames, SharedNames
 
 logger = logging.get_logger(__name__)
 

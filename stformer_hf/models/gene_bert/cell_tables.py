@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from .gene_columns import are_genes
+from .feature_types import are_genes
 
 logger = logging.get_logger(__name__)
 

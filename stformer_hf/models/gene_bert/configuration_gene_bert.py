@@ -296,10 +296,6 @@ class GeneBertConfig(PreTrainedConfig):
         **kwargs
             Any other field; overrides the values of the size.
 
-        Returns
-        -------
-        GeneBertConfig
-
         Raises
         ------
         ValueError
@@ -332,10 +328,6 @@ class GeneBertConfig(PreTrainedConfig):
         **kwargs
             Any other field; overrides the values of size and tokenizer. Models for a whole-cell tokenizer have no
             attention dropout in any size.
-
-        Returns
-        -------
-        GeneBertConfig
 
         Raises
         ------

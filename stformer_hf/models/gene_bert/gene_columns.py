@@ -55,18 +55,6 @@ _SYMBOL_COLUMNS = (
 _LOOSE_COLUMNS = ("hgncsymbol", "mgisymbol", "features", "feature", "genes", "gene", "names", "name")
 _USUAL_COLUMNS = {"id": _ID_COLUMNS, "symbol": _SYMBOL_COLUMNS, "name": _LOOSE_COLUMNS}
 _PHRASE = re.compile(r".*\S\s+\S")  # a description
-_FEATURE_COLUMNS = ("featuretypes", "featuretype", "modality")
-GENES = "Gene Expression"  # the feature type of genes in 10x files
-_GENE_TYPES = frozenset(("gene expression", "gene", "genes", "gex", "rna", "mrna", "expression"))
-_OTHER_TYPES = frozenset(
-    (
-        *("antibody capture", "crispr guide capture", "multiplexing capture", "antigen capture", "custom", "peaks"),
-        *("vdj", "vdj-t", "vdj-b", "chromatin accessibility", "atac", "adt", "hto", "prot", "protein", "cite"),
-        *("negative control probe", "negative control codeword", "blank codeword", "unassigned codeword"),
-        *("deprecated codeword", "genomic control", "guide", "grna", "hashtag", "antibody"),
-    )
-)
-_OTHER_WORDS = frozenset(("antibody", "blank", "codeword", "control", "crispr", "guide", "hashtag", "peak", "peaks"))
 _COUNTED = re.compile(r"(?:\.0|-\d+)$")  # 0.0 from a table read as numbers, 0-1 from joined files
 _LARGEST_ROW_NUMBER = 200_000  # no reference has so many genes; ascending Entrez ids soon exceed it
 
@@ -113,10 +101,6 @@ def resolve_genes(
         Columns of `var`, such as a DataFrame. Those without a usual name are not read.
     copies : bool, default: False
         Keep `_PAR_Y`, for a vocabulary that may have both copies.
-
-    Returns
-    -------
-    GeneColumns
 
     Raises
     ------
@@ -240,13 +224,13 @@ def _of_x(ids: np.ndarray) -> tuple[np.ndarray, int]:
 
 def _texts(values: Sequence[Any] | np.ndarray) -> list[str]:
     """Return names as text: "" for placeholders, the id for probes, `_PAR_Y` for copies on Y."""
-    values = _listed(values)
+    values = listed(values)
     if set(map(type, values)) == {str}:  # the fast way for most files
         names = list(map(str.strip, values))
         for word in set(map(str.lower, set(names))) & _PLACEHOLDERS:
             names = ["" if name.lower() == word else name for name in names]
     else:
-        names = list(map(_text, values))
+        names = list(map(as_text, values))
     together = "\n".join(names)
     if not any(part in together for part in ("|", "ENSGR", "-PAR-Y")):
         return names
@@ -257,7 +241,7 @@ def _texts(values: Sequence[Any] | np.ndarray) -> list[str]:
     return names
 
 
-def _listed(values: Sequence[Any] | np.ndarray) -> list:
+def listed(values: Sequence[Any] | np.ndarray) -> list:
     """Return the names of a column, unchanged; raise ValueError for two columns, or arrays instead of names."""
     names = np.asarray(values, dtype=object)
     if names.ndim != 1:
@@ -269,7 +253,8 @@ def _listed(values: Sequence[Any] | np.ndarray) -> list:
     return listed
 
 
-def _text(value: Any) -> str:
+def as_text(value: Any) -> str:
+    """Return a name as text, stripped of spaces; "" for a placeholder."""
     if type(value) is not str:
         value = value.decode() if isinstance(value, bytes) else str(value)  # None, NaN, NA become placeholders
     value = value.strip()
@@ -301,14 +286,14 @@ def _usual_columns(columns: Mapping[str, Any]) -> list[tuple[str, set[str]]]:
     """Return the columns with a usual name, in the order of the usual names, and what they may hold."""
     found = []
     for name in columns:
-        plain = _plain(name)
+        plain = plain_name(name)
         kinds = {kind for kind, usual in _USUAL_COLUMNS.items() if plain in usual}
         if kinds:
             found.append((name, kinds, [*itertools.chain(*_USUAL_COLUMNS.values())].index(plain)))
     return [(name, kinds) for name, kinds, _ in sorted(found, key=lambda one: one[2])]
 
 
-def _plain(name: Any) -> str:
+def plain_name(name: Any) -> str:
     """Return a column name without case, punctuation, and the number that joining adds, as in `gene_ids-0`."""
     return re.sub(r"[^a-z]", "", re.sub(r"-\d+$", "", str(name).lower()))
 
@@ -320,8 +305,8 @@ def _all_digits(names: Iterable[str]) -> bool:
 
 def _holds_text(values: Sequence[Any]) -> bool:
     """Return whether a column holds names; numbers, also as text, and booleans are not names."""
-    values = [value for value in _listed(values) if isinstance(value, (str, bytes))]
-    return bool(values) and not _all_digits(map(_text, values))
+    values = [value for value in listed(values) if isinstance(value, (str, bytes))]
+    return bool(values) and not _all_digits(map(as_text, values))
 
 
 def _are_row_numbers(names: np.ndarray, others: bool) -> bool:
@@ -435,64 +420,6 @@ def sample(names: Iterable[str], n: int = 3) -> str:
     return ", ".join(str(name) for name in list(names)[:n]) or "(none)"
 
 
-# ---------------------------------------------------------------------- feature types
-
-
-def feature_types(columns: Mapping[str, Sequence[Any]] | None) -> np.ndarray | None:
-    """Return the feature type of each column of a matrix, as in 10x files: object array of str (n,).
-
-    This is `Gene Expression`, or another type as written, from the column `feature_types`, `feature_type` or
-    `modality` of `var`. A blank among known types is a gene. None if all are genes, also if no type is known (but
-    biotypes, or blanks).
-    """
-    found = _read_types(columns)
-    if found is None:
-        return None
-    values, types, genes = found
-    if genes == set(types.values()):
-        return None
-    return np.array([GENES if types[value] in genes else types[value] for value in values], object)
-
-
-def are_genes(modality: str, columns: Mapping[str, Sequence[Any]] | None) -> bool | None:
-    """Return whether genes are among the features of a modality, None if that is unknown.
-
-    The feature types in the columns of its `var` show it, else its name, such as `rna`, `prot` or `atac`.
-    """
-    found = _read_types(columns)
-    if found is not None:
-        return bool(found[2])
-    name = modality.lower().replace("_", " ")
-    return True if name in _GENE_TYPES else False if name in _OTHER_TYPES else None
-
-
-def _read_types(columns: Mapping[str, Sequence[Any]] | None) -> tuple[list, dict[Any, str], set[str]] | None:
-    """Read the column of feature types: its values, each value as text, and which of these are genes.
-
-    None if there is no such column, or it holds no known type.
-    """
-    columns = {} if columns is None else columns
-    for name in columns:
-        if _plain(name) not in _FEATURE_COLUMNS:
-            continue
-        values = _listed(columns[name])
-        types = {value: _text(value) for value in set(values)}
-        plain = {kind: kind.lower().replace("_", " ") for kind in types.values()}
-        others = {
-            kind
-            for kind, word in plain.items()
-            if word in _OTHER_TYPES or not _OTHER_WORDS.isdisjoint(re.split(r"[^a-z]+", word))
-        }
-        unknown = {kind for kind, word in plain.items() if word and word not in _GENE_TYPES and kind not in others}
-        if unknown:
-            logger.warning(
-                f"var[{name!r}] holds unknown feature types, {', '.join(sorted(unknown)[:3])}: treated as genes."
-            )
-        if unknown != {kind for kind, word in plain.items() if word}:
-            return values, types, set(plain) - others
-    return None
-
-
 class ColumnNames:
     """The `var_names` of a file, sequence (n,), and the columns of its `var`, resolved when they are needed."""
 
@@ -500,7 +427,7 @@ class ColumnNames:
         columns = {} if columns is None else columns
         self._index, self._columns = index, columns
         read = [name for name, _ in _usual_columns(columns)]
-        names = [_listed(some) for some in (index, *(columns[name] for name in read))]
+        names = [listed(some) for some in (index, *(columns[name] for name in read))]
         self.key = hash((tuple(read), *map(tuple, names)))
 
     def __len__(self) -> int:

@@ -1,6 +1,5 @@
 """GeneTokenizer: converts rows of counts to gene tokens, whole batches at a time and without strings."""
 
-import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from transformers import BatchEncoding
 from transformers.utils import logging
 
 from .bin_encoder import BinEncoder
-from .cell_counts import pad_ragged, read_cells
+from .cell_counts import read_cells
 from .gene_columns import sample
 from .gene_order import Truncation
 from .legacy_files import load_mapping, read_token_dictionary
@@ -217,10 +216,6 @@ class GeneTokenizer(VocabularyTokenizer):
         **kwargs
             As in the constructor.
 
-        Returns
-        -------
-        GeneTokenizer
-
         Raises
         ------
         ValueError
@@ -265,10 +260,6 @@ class GeneTokenizer(VocabularyTokenizer):
         **kwargs
             As in the constructor.
 
-        Returns
-        -------
-        GeneTokenizer
-
         Raises
         ------
         ValueError
@@ -309,10 +300,6 @@ class GeneTokenizer(VocabularyTokenizer):
             Genes in the order of the columns that its models were trained on; PerturbGene did not save them.
         **kwargs
             As in the constructor; `truncation="head"` is PerturbGene's.
-
-        Returns
-        -------
-        GeneTokenizer
 
         Raises
         ------
@@ -431,70 +418,6 @@ class GeneTokenizer(VocabularyTokenizer):
             return BatchEncoding({name: array.tolist() for name, array in padded.items()})
         return BatchEncoding(padded, tensor_type=return_tensors)
 
-    def _ragged(self, tokens: TokenizedCells, with_attention_mask: bool) -> BatchEncoding:
-        """Return the model inputs as one list per cell."""
-        of_cells = self.cell_columns(tokens)
-        both = [(self.columns(tokens, with_attention_mask), tokens.indptr)]
-        if tokens.cells is not None:
-            both.append((of_cells, tokens.cells.indptr))
-        ragged = {
-            name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
-            for some, indptr in both
-            for name, (flat, _) in some.items()
-        }
-        measured = tokens.measured_genes() if of_cells else {}
-        return BatchEncoding({**ragged, **{name: array.tolist() for name, array in measured.items()}})
-
-    def pad_tokens(
-        self, tokens: TokenizedCells, length: int | None = None, with_attention_mask: bool = True
-    ) -> dict[str, np.ndarray]:
-        """Return the model inputs as arrays with one row per cell, of a length or as long as the longest cell."""
-        length = int(np.diff(tokens.indptr).max(initial=1)) if length is None else length
-        padded = {
-            name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
-            for name, (flat, value) in self.columns(tokens, with_attention_mask).items()
-        }
-        return {**padded, **self.pad_cells(tokens)}
-
-    def columns(
-        self, tokens: TokenizedCells, with_attention_mask: bool = False
-    ) -> dict[str, tuple[np.ndarray, int | float]]:
-        """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.
-
-        Raises
-        ------
-        ValueError
-            The tokens have no expression values, but `model_input_names` has.
-        """
-        columns = {"input_ids": (tokens.input_ids, self.pad_token_id), "token_type_ids": (tokens.token_type_ids, 0)}
-        if "expression_values" in self.model_input_names:
-            if tokens.expression_values is None:
-                raise ValueError(
-                    "The model reads values, but the tokens have no expression_values: tokenize the cells with this "
-                    "tokenizer, or train on the store."
-                )
-            columns["expression_values"] = (tokens.expression_values, 0.0)
-        if with_attention_mask:
-            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
-        return {name: column for name, column in columns.items() if name in self.model_input_names}
-
-    def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
-        """Return the model inputs of whole cells as flat arrays over `tokens.cells`, each with its padding value."""
-        if tokens.cells is None:
-            return {}
-        columns = {"cell_genes": (tokens.cells.columns, 0), "cell_counts": (tokens.cells.counts, 0.0)}
-        return {name: column for name, column in columns.items() if name in self.model_input_names}
-
-    def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
-        """Return `cell_columns` as matrices, padded on the right to the largest cell, and `measured_genes`."""
-        columns = self.cell_columns(tokens)
-        if tokens.cells is None or not columns:
-            return {}
-        indptr = tokens.cells.indptr
-        most = max(int(np.diff(indptr).max(initial=0)), 1)
-        padded = {name: pad_ragged(flat, indptr, most, value) for name, (flat, value) in columns.items()}
-        return {**padded, **tokens.measured_genes()}
-
     def encode_cells(
         self,
         cells,
@@ -561,18 +484,7 @@ class GeneTokenizer(VocabularyTokenizer):
     def tokenize_store(self, store, path: str | os.PathLike, **kwargs) -> Any:
         """Write the tokens of all cells of a store as a Hugging Face dataset: `store.tokenize(self, path, **kwargs)`.
 
-        Parameters
-        ----------
-        store : CellStore
-            The cells; pass `store.with_neighborhoods()` if the tokenizer adds neighbourhoods.
-        path : str or Path
-            Folder to create.
-        **kwargs
-            Arguments of `CellStore.tokenize`, such as `workers` and `obs`.
-
-        Returns
-        -------
-        datasets.Dataset
+        Pass `store.with_neighborhoods()` if the tokenizer adds neighbourhoods.
         """
         return store.tokenize(self, path, **kwargs)
 

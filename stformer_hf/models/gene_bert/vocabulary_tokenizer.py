@@ -1,6 +1,7 @@
-"""The vocabulary of a GeneTokenizer as transformers sees it: names, text, masks and files."""
+"""The vocabulary of a GeneTokenizer as transformers sees it: names, text, masks, model inputs and files."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -13,8 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BatchEncoding, PreTrainedTokenizer
 
 from .bin_encoder import BinEncoder
+from .cell_counts import pad_ragged
 from .gene_matcher import GeneMatcher
 from .rank_encoder import RankEncoder
+from .tokenized_cells import TokenizedCells
 from .tokenizer_settings import FORMAT_VERSION, OF_MEANING, OF_READING, TokenizerSettings
 
 VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
@@ -244,6 +247,72 @@ class VocabularyTokenizer(PreTrainedTokenizer):
     def get_gene_tokens_mask(self, input_ids):
         """Return 1 (or True) for ids of expression bins or genes, as the type of `input_ids` (list, array, Tensor)."""
         return _among(input_ids, self.encoder.expression_ids)
+
+    # ------------------------------------------------------------------ model inputs
+
+    def _ragged(self, tokens: TokenizedCells, with_attention_mask: bool) -> BatchEncoding:
+        """Return the model inputs as one list per cell."""
+        of_cells = self.cell_columns(tokens)
+        both = [(self.columns(tokens, with_attention_mask), tokens.indptr)]
+        if tokens.cells is not None:
+            both.append((of_cells, tokens.cells.indptr))
+        ragged = {
+            name: [flat[start:stop].tolist() for start, stop in itertools.pairwise(indptr.tolist())]
+            for some, indptr in both
+            for name, (flat, _) in some.items()
+        }
+        measured = tokens.measured_genes() if of_cells else {}
+        return BatchEncoding({**ragged, **{name: array.tolist() for name, array in measured.items()}})
+
+    def pad_tokens(
+        self, tokens: TokenizedCells, length: int | None = None, with_attention_mask: bool = True
+    ) -> dict[str, np.ndarray]:
+        """Return the model inputs as arrays with one row per cell, of a length or as long as the longest cell."""
+        length = int(np.diff(tokens.indptr).max(initial=1)) if length is None else length
+        padded = {
+            name: pad_ragged(flat, tokens.indptr, length, value, self.padding_side)
+            for name, (flat, value) in self.columns(tokens, with_attention_mask).items()
+        }
+        return {**padded, **self.pad_cells(tokens)}
+
+    def columns(
+        self, tokens: TokenizedCells, with_attention_mask: bool = False
+    ) -> dict[str, tuple[np.ndarray, int | float]]:
+        """Return the model inputs in `model_input_names` as flat arrays, each with its padding value.
+
+        Raises
+        ------
+        ValueError
+            The tokens have no expression values, but `model_input_names` has.
+        """
+        columns = {"input_ids": (tokens.input_ids, self.pad_token_id), "token_type_ids": (tokens.token_type_ids, 0)}
+        if "expression_values" in self.model_input_names:
+            if tokens.expression_values is None:
+                raise ValueError(
+                    "The model reads values, but the tokens have no expression_values: tokenize the cells with this "
+                    "tokenizer, or train on the store."
+                )
+            columns["expression_values"] = (tokens.expression_values, 0.0)
+        if with_attention_mask:
+            columns["attention_mask"] = (np.ones(len(tokens.input_ids), np.int64), 0)
+        return {name: column for name, column in columns.items() if name in self.model_input_names}
+
+    def cell_columns(self, tokens: TokenizedCells) -> dict[str, tuple[np.ndarray, int | float]]:
+        """Return the model inputs of whole cells as flat arrays over `tokens.cells`, each with its padding value."""
+        if tokens.cells is None:
+            return {}
+        columns = {"cell_genes": (tokens.cells.columns, 0), "cell_counts": (tokens.cells.counts, 0.0)}
+        return {name: column for name, column in columns.items() if name in self.model_input_names}
+
+    def pad_cells(self, tokens: TokenizedCells) -> dict[str, np.ndarray]:
+        """Return `cell_columns` as matrices, padded on the right to the largest cell, and `measured_genes`."""
+        columns = self.cell_columns(tokens)
+        if tokens.cells is None or not columns:
+            return {}
+        indptr = tokens.cells.indptr
+        most = max(int(np.diff(indptr).max(initial=0)), 1)
+        padded = {name: pad_ragged(flat, indptr, most, value) for name, (flat, value) in columns.items()}
+        return {**padded, **tokens.measured_genes()}
 
     # ------------------------------------------------------------------ files
 
