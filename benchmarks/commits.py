@@ -44,7 +44,10 @@ def run(arguments: list[str]) -> None:
             for tree in list(runs)[:: 1 if turn % 2 else -1]:
                 runs[tree].append(_measured(tree, cells))
     parts = {part: _compared(*([run[part] for run in of] for of in runs.values())) for part in runs[old][0]}
-    of = {"old": _git("rev-parse", "--short", args.commit), "new": _git("describe", "--always", "--dirty", "--exclude=*")}
+    of = {
+        "old": _git("rev-parse", "--short", args.commit),
+        "new": _git("describe", "--always", "--dirty", "--exclude=*"),
+    }
     print(f"\nprocessor seconds, medians of {args.turns} turns: {of['old']}, and this tree ({of['new']})")
     print(f"{'':<12}{'old':>8}{'new':>8}{'new / old':>11}{'range':>15}")
     for part, found in parts.items():
