@@ -16,6 +16,7 @@ here.
 """
 
 from importlib import import_module
+from threading import RLock
 
 __version__ = "0.1.0"
 
@@ -97,15 +98,18 @@ _MODULE_OF = {
 
 __all__ = sorted([*(name for names in _MODULES.values() for name in names), "__version__", "pl"])
 
+_IMPORTING = RLock()  # torch and transformers cannot be imported for the first time by several threads at once
+
 
 def __getattr__(name: str):
-    if name == "pl":
-        return import_module(".inference.plots", __name__)
-    if name not in _MODULE_OF:
+    if name != "pl" and name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value
-    return value
+    with _IMPORTING:
+        if name == "pl":
+            return import_module(".inference.plots", __name__)
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -52,6 +52,11 @@ NOT_RUN = {
 }
 
 
+def test_no_page_has_marks_of_a_merge():
+    marks = [page for page in PAGES if re.search(r"^(<{7}|>{7}) ", (ROOT / page).read_text(encoding="utf-8"), re.M)]
+    assert not marks
+
+
 def blocks(page: str) -> list[tuple[str, str, str]]:
     """Return the language, the rest of the info string and the content of each fenced block of a page."""
     tokens = MarkdownIt().parse((ROOT / page).read_text(encoding="utf-8"))

@@ -208,6 +208,22 @@ def test_importing_the_package_and_the_help_import_nothing_heavy(code):
     assert printed.stdout.splitlines()[-1] == "[]"
 
 
+IN_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+import stformer_hf
+names = ["GeneBertModel", "GeneTokenizer", "CellStore", "RowSampler", "pearson_r", "collate_cells"]
+with ThreadPoolExecutor(len(names)) as threads:
+    print(*(found.__name__ for found in threads.map(lambda name: getattr(stformer_hf, name), names)))
+"""
+
+
+def test_several_threads_may_import_the_public_names_for_the_first_time():
+    printed = subprocess.run(
+        [sys.executable, "-c", IN_THREADS], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert printed.stdout.split() == ["True"]
+
+
 MAKE_A_MODEL = """
 from transformers import AutoConfig, AutoModel, AutoModelForPreTraining
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING

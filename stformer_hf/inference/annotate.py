@@ -17,7 +17,7 @@ from ..batches.evaluating import length_to_read
 from ..genes.wrong_names import must_have, warn_of_missing
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..store.cell_store import CellStore
-from ..training.calibration import OutOfFold, load_out_of_fold
+from ..training.calibration import OutOfFold, changed_weight, load_out_of_fold
 from ..training.cell_heads import CellHead, read_heads
 from ..training.loading import is_model, name_of, unwrap
 from .ancestors import ancestors_of, climb, read_parents
@@ -99,8 +99,8 @@ def annotate(
     ------
     ValueError
         The model is not a classifier of cells, or its head was not trained; it has no out-of-fold predictions to
-        reject cells by; an option is invalid, or needs classes; there are no counts, or too few of the
-        model's genes; the tokenizer does not fit; outputs are not finite.
+        reject cells by, or was trained further since; an option is invalid, or needs classes; there are no counts,
+        or too few of the model's genes; the tokenizer does not fit; outputs are not finite.
     FileNotFoundError, TypeError
         As for `embed`.
 
@@ -140,7 +140,7 @@ def annotate(
     if parents is not None:
         with_parents = [head for head in heads if any(name in parents for name in head.names)]
         ancestors |= {head.column: ancestors_of(head.names, parents) for head in with_parents or heads}
-    of_heads = [] if reject is None else _load_out_of_fold(model, heads)
+    of_heads = [] if reject is None else _load_out_of_fold(model, classifier, heads)
     centroids = [of.centroids for of in of_heads if of.centroids is not None]  # of all label columns, or of none
 
     def forward(model: PreTrainedModel, batch: dict[str, torch.Tensor], types: torch.Tensor) -> torch.Tensor:
@@ -208,17 +208,25 @@ def _classes(heads: list[CellHead]) -> list[str] | dict[str, list[str]]:
     return {head.column: head.names for head in heads if head.column is not None} or heads[0].names
 
 
-def _load_out_of_fold(model: str | PreTrainedModel, heads: list[CellHead]) -> list[OutOfFold]:
-    """Return the out-of-fold predictions of each head of a model, which must have some."""
+def _load_out_of_fold(
+    model: str | PreTrainedModel, classifier: PreTrainedModel, heads: list[CellHead]
+) -> list[OutOfFold]:
+    """Return the out-of-fold predictions of each head of a model, which must have some, and still have its weights."""
     found = load_out_of_fold(model)
     if found is None:
         raise ValueError(
             "The model has no out-of-fold predictions to reject cells by. finetune keeps them (in the folder of the "
             "checkpoint, or at model.out_of_fold), unless the number of epochs is given: leave it out, or pass 0."
         )
-    if isinstance(found, dict):
-        return [found[head.column] for head in heads if head.column is not None]
-    return [found]
+    of_heads = [found[str(head.column)] for head in heads] if isinstance(found, dict) else [found]
+    if of_heads[0].weights is not None:
+        changed = changed_weight(of_heads[0].weights, unwrap(model, merge=True) if is_model(model) else classifier)
+        if changed is not None:
+            raise ValueError(
+                f"The out-of-fold predictions are not those of this model: it was trained further, or has another "
+                f"adapter ({changed} has changed since). Fine-tune again with finetune, or leave out reject=…"
+            )
+    return of_heads
 
 
 def _write(table: AnnData, key: str, columns: Mapping, matrices: Mapping[str, np.ndarray], settings: dict) -> None:

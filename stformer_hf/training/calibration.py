@@ -1,7 +1,11 @@
-"""Out-of-fold predictions of a classifier of cells: its calibration error, and what it needs to reject cells."""
+"""Out-of-fold predictions of a classifier of cells: its calibration error, and what it needs to reject cells.
+
+They are valid only for the weights that they were made for, of which a sketch is kept with them.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,14 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.special import log_softmax
+from torch import nn
 from transformers.utils import cached_file
 
 from ..evaluation.metrics import expected_calibration_error
-from .loading import find_installed
+from .loading import find_installed, is_model, unwrap
 
 CALIBRATION_FILE = "out_of_fold.safetensors"
+# bfloat16 changes the sketch of random weights by 0.0015 of their norm (standard deviation).
+_ROUNDING, _LEAST_ROUNDING = 0.01, 1e-7
+_SIGNS = np.random.RandomState(0).permutation(np.tile([-1.0, 1.0], 2049))  # the same in all versions of numpy
+
+Sketch = dict[str, tuple[int, float, float]]
 
 
 @dataclass
@@ -35,6 +47,8 @@ class OutOfFold:
         Distance of the state of each cell to the nearest centroid of a class, by a model that has not seen it.
     centroids : float32 array (n_classes, d), optional
         Mean states of the classes, for the distances of other cells.
+    weights : dict of str to (int, float, float), optional
+        Sketch of the weights of the classifier, see `sketch_of`; None in files of earlier versions.
     """
 
     predictions: np.ndarray
@@ -42,6 +56,7 @@ class OutOfFold:
     rows: np.ndarray
     distances: np.ndarray | None = None
     centroids: np.ndarray | None = None
+    weights: Sketch | None = None
 
     def facts(self, temperature: float) -> dict[str, float]:
         """Return the temperature of a classifier of classes, and its calibration error without and with it."""
@@ -55,6 +70,53 @@ class OutOfFold:
             "calibration_error_without_temperature": round(errors[0], 4),
             "calibration_error": round(errors[1], 4),
         }
+
+
+def sketch_of(model: nn.Module) -> Sketch:
+    """Return the size of each weight of a model, its norm, and its sum with random signs.
+
+    Quantised weights are left out.
+    """
+    found = {}
+    for name, tensor in model.state_dict().items():
+        is_plain = type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.element_size() > 1
+        if not is_plain or tensor.is_meta:
+            continue
+        values = tensor.to("cpu", torch.float32).numpy().ravel()
+        whole = len(values) - len(values) % len(_SIGNS)
+        sums = values[:whole].reshape(-1, len(_SIGNS)).sum(axis=0, dtype=np.float64)
+        sums[: len(values) - whole] += values[whole:]
+        found[name] = len(values), float(np.linalg.norm(values)), float(sums @ _SIGNS)
+    return found
+
+
+def changed_weight(before: Sketch, model: nn.Module) -> str | None:
+    """Return the name of a weight that differs from its sketch by more than half precision rounds; None if none does.
+
+    Weights that are quantised now are not compared.
+    """
+    now = sketch_of(model)
+    for name in before.keys() & now.keys():
+        (size, *numbers), (size_now, *numbers_now) = before[name], now[name]
+        rounding = _ROUNDING * numbers[0] + _LEAST_ROUNDING * np.sqrt(size)
+        if size != size_now or not np.allclose(numbers_now, numbers, rtol=0, atol=rounding):
+            return name
+    return None
+
+
+def sign(found: OutOfFold | Mapping[str, OutOfFold] | None, model: nn.Module) -> None:
+    """Keep a sketch of the weights of a model, whose adapters are merged, with its out-of-fold predictions."""
+    parts = _parts(found)
+    sketch = sketch_of(model) if parts else None
+    for of in parts:
+        of.weights = sketch
+
+
+def _parts(found: OutOfFold | Mapping[str, OutOfFold] | None) -> list[OutOfFold]:
+    """Return the out-of-fold predictions of each label column, or those of the only one."""
+    if found is None or isinstance(found, OutOfFold):
+        return [] if found is None else [found]
+    return list(found.values())
 
 
 def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutOfFold] | None) -> None:
@@ -72,7 +134,7 @@ def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutO
         fields: dict[str, Any] = dict(predictions=of.predictions, labels=of.labels, cell_id=of.rows.astype(np.int64))
         fields |= {} if of.distances is None else {"distances": of.distances, "centroids": of.centroids}
         arrays |= {prefix + name: np.ascontiguousarray(array) for name, array in fields.items()}
-    save_file(arrays, str(path))
+    save_file(arrays, str(path), metadata={"weights": json.dumps(_parts(found)[0].weights)})
 
 
 def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:
@@ -81,8 +143,8 @@ def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:
     A model that `finetune` returned has them at `model.out_of_fold`. A model of several label columns has those of
     each.
     """
-    if not isinstance(model, (str, os.PathLike)):
-        return getattr(model, "out_of_fold", None)
+    if is_model(model):
+        return getattr(unwrap(model), "out_of_fold", None)
     path = cached_file(
         find_installed(os.fspath(model)) or os.fspath(model),
         CALIBRATION_FILE,
@@ -91,12 +153,16 @@ def load_out_of_fold(model: Any) -> OutOfFold | dict[str, OutOfFold] | None:
     )
     if path is None:
         return None
+    with safe_open(path, framework="np") as file:
+        weights = json.loads((file.metadata() or {}).get("weights", "null"))
     columns: dict[str, dict[str, np.ndarray]] = {}
     for key, array in load_file(path).items():
         column, _, name = key.rpartition("/")
         columns.setdefault(column, {})[name] = array
     found = {
-        column: OutOfFold(of["predictions"], of["labels"], of["cell_id"], of.get("distances"), of.get("centroids"))
+        column: OutOfFold(
+            *(of["predictions"], of["labels"], of["cell_id"], of.get("distances"), of.get("centroids"), weights)
+        )
         for column, of in columns.items()
     }
     return found.get("", found)

@@ -32,7 +32,7 @@ from ..sources.open_source import open_source
 from ..sources.same_cells import join_groups
 from ..store.cell_store import CellStore
 from .adapting import check_adapts
-from .calibration import OutOfFold
+from .calibration import OutOfFold, sign
 from .defaults import FINETUNING, MAX_LENGTH
 from .epoch_choice import choose_epochs
 from .label_selection import select_labelled
@@ -203,7 +203,8 @@ def finetune(
             trainer.save_model(str(output))
             prepared.save_choice(trainer)
             trainer.create_model_card()
-        prepared.model.out_of_fold = prepared.out_of_fold
+        sign(prepared.out_of_fold, unwrap(prepared.model, merge=True))
+        unwrap(prepared.model).out_of_fold = prepared.out_of_fold
         return prepared.model.eval()
 
 

@@ -14,11 +14,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..batches.stream_batches import part_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
-from .calibration import OutOfFold, replace_out_of_fold
+from .calibration import OutOfFold, replace_out_of_fold, sign
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
 from .float_weights import keep_in_float32
-from .loading import MODEL_CONFIG
+from .loading import MODEL_CONFIG, unwrap
 from .loss_trainer import LossTrainer
 from .process_group import leave_gloo_at_exit
 
@@ -62,8 +62,6 @@ class ResumableTrainer(LossTrainer):
             found = checkpoint_to_resume(self.args.output_dir)
             resume_from_checkpoint = None if found is None else str(found)
         self._stream_mark = None
-        if hasattr(self.model, "out_of_fold"):  # predictions by another model than it becomes
-            self.model.out_of_fold = None
         if resume_from_checkpoint:
             checkpoint = Path(resume_from_checkpoint)
             check_complete(checkpoint)
@@ -174,6 +172,8 @@ class ResumableTrainer(LossTrainer):
         card_before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # where no process has all weights
+                sign(self.out_of_fold, unwrap(self.model, merge=True))
             replace_out_of_fold(folder, self.out_of_fold)
         if hasattr(model, "peft_config"):
             model.config.to_json_file(folder / MODEL_CONFIG, use_diff=False)

@@ -22,6 +22,7 @@ from stformer_hf import (
     GeneBertModel,
 )
 from stformer_hf.models.gene_bert import pretrained_gene_bert
+from stformer_hf.training.calibration import changed_weight, sketch_of
 
 CLASSES = [GeneBertModel, GeneBertForPhenotypicMLM, GeneBertForClassification, GeneBertForTokenClassification]
 
@@ -394,6 +395,7 @@ def test_linear_layers_are_quantised_on_loading_but_for_the_head(library, config
     quantised = GeneBertForClassification.from_pretrained(tmp_path / "model", quantization_config=settings).eval()
     kinds = {name: type(module.weight) for name, module in quantised.named_modules() if isinstance(module, nn.Linear)}
     assert kinds.pop("classifier") is nn.Parameter and nn.Parameter not in kinds.values() and len(kinds) > 4
+    assert changed_weight(sketch_of(model), quantised) is None, "out-of-fold predictions stay valid"
     collate = DataCollatorForCellClassification(tokenizer_without_phenotypes(tokenizer), label="cell_type")
     batch = collate(store.__getitems__(range(9)))
     with torch.no_grad():

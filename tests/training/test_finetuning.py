@@ -688,6 +688,7 @@ def test_out_of_fold_predictions_do_not_outlive_their_model(labelled, tmp_path):
         processing_class=model.tokenizer,
     )
     trainer.train()
-    assert load_out_of_fold(model) is None
+    with pytest.raises(ValueError, match="not those of this model"):
+        sf.annotate(labelled.copy(), model, reject=0.1)
     trainer.save_model()
     assert load_out_of_fold(tmp_path / "m") is None
