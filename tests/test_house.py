@@ -222,6 +222,7 @@ with ThreadPoolExecutor(len(names)) as threads:
 """
 
 
+@pytest.mark.slow
 def test_several_threads_may_import_the_public_names_for_the_first_time():
     command = [sys.executable, "-c", IN_THREADS]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)

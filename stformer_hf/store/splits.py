@@ -29,7 +29,9 @@ def split_groups(twins: np.ndarray, column: pd.Series, test_size: float, seed: i
     if column.isna().any():
         raise ValueError(f"{int(column.isna().sum())} cells have no {by!r}: remove them with select first.")
     if column.nunique() < 2:
-        raise ValueError(f"All cells have the same {by!r}: nothing to hold out.")
+        raise ValueError(
+            f"All {len(column)} cells to split have the same {by!r}, {column.iloc[0]!r}: no other can be held out."
+        )
     groups = column.astype(str).to_numpy()
     if len(np.unique(twins)) < len(twins):
         groups = join_groups(groups, twins)

@@ -90,21 +90,23 @@ def choose_epochs(
     if gain <= error:
         return 0, {**facts, "fine_tuning": "none: it did not beat the start by more than its standard error"}, None
     facts["fine_tuning"] = f"{best} epochs: {gain:+.4f} over the start (standard error {error:.4f})"
-    tried = np.concatenate([held_out for _, held_out, _ in folds])
-    predictions = np.concatenate([of[best] for of in outputs])
-    found: dict[str | None, OutOfFold] = {}
-    for column in columns:
-        # Cells whose class the fold could not learn say nothing about calibration; see `choose_readers`.
-        has = np.isin(tried, np.concatenate([_learnt(column, train, held_out) for train, held_out, _ in folds]))
-        own = tried[has]
-        found[column.column] = OutOfFold(predictions[has, column.outputs], column.labels_of(own), own)
-    return best, facts, found
+    tried = [(train, held_out, of[best]) for (train, held_out, _), of in zip(folds, outputs, strict=True)]
+    return best, facts, {column.column: _out_of_fold(column, tried) for column in columns}
 
 
-def _learnt(column: LabelledCells, train: np.ndarray, held_out: np.ndarray) -> np.ndarray:
-    """Return the rows of the held-out cells with a label whose class some training cell has."""
-    known, rows = (of[np.isin(of, column.rows)] for of in (train, held_out))
-    return rows[column.problem.can_learn(column.labels_of(known), column.labels_of(rows))]
+def _out_of_fold(column: LabelledCells, tried: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> OutOfFold:
+    """Return the outputs of a label column for the held-out cells of folds: (training rows, held-out rows, outputs).
+
+    Cells whose class the fold could not learn say nothing about calibration, and are left out; see `choose_readers`.
+    """
+    parts = []
+    for train, held_out, outputs in tried:
+        known, has = train[np.isin(train, column.rows)], np.isin(held_out, column.rows)
+        rows = held_out[has]
+        counts, labels = column.problem.that_count(column.labels_of(known), column.labels_of(rows))
+        parts.append((outputs[has][counts, column.outputs], labels[counts], rows[counts]))
+    predictions, labels, rows = map(np.concatenate, zip(*parts, strict=True))
+    return OutOfFold(predictions, labels, rows)
 
 
 def _gain_over_start(first: np.ndarray, second: np.ndarray) -> tuple[float, float]:

@@ -414,21 +414,26 @@ def _groups(cells: CellStore, split_by: str, columns: Sequence[LabelledCells]) -
     groups = cells.obs[split_by].astype(str).to_numpy()
     for column in columns:
         has = np.unique(groups[column.rows])
-        if column.column is not None and len(has) < 2:
+        if len(has) < 2:
+            which, leave_out = "All usable cells", "split_by"
+            if column.column is not None:
+                which, leave_out = f"All cells with a {column.column!r}", "split_by, or the column"
             raise ValueError(
-                f"All cells with a {column.column!r} have the same {split_by!r}, {has[0]!r}, but validation "
-                "needs another. Leave out split_by, or the column."
+                f"{which} have the same {split_by!r}, {has[0]!r}, but validation needs another. Leave out {leave_out}."
             )
-        if len(has) > 1 and column.problem.kind == "single_label_classification":
+        if column.problem.kind != "regression":
             _check_classes_of_groups(column, groups[column.rows], split_by)
     return groups
 
 
 def _check_classes_of_groups(column: LabelledCells, groups: np.ndarray, split_by: str) -> None:
     """Warn of classes that have cells in one group alone, which no fold can test; refuse them if all are such."""
-    table = pd.crosstab(column.labels, groups)
-    alone = (table > 0).sum(axis=1) == 1
     which = "classes" if column.column is None else f"classes of {column.column!r}"
+    if column.problem.kind == "multi_label_classification":
+        which, table = "labels", pd.DataFrame(column.labels > 0.5).groupby(groups).sum().T
+    else:
+        table = pd.crosstab(column.labels, groups)
+    alone = (table > 0).sum(axis=1) == 1
     if alone.all():
         raise ValueError(
             f"Each of the {len(alone)} {which} has cells of one {split_by!r} alone, so a cross-validation by "
@@ -438,7 +443,7 @@ def _check_classes_of_groups(column: LabelledCells, groups: np.ndarray, split_by
         n_cells = int(table[alone].to_numpy().sum())
         logger.warning(
             f"{alone.sum()} of {len(alone)} {which} have cells of one {split_by!r} alone: no model that has not seen "
-            f"these {n_cells} cells knows their class, so they take no part in the cross-validation."
+            f"these {n_cells} cells knows them, so they take no part in the cross-validation."
         )
 
 

@@ -35,6 +35,8 @@ from stformer_hf.training.calibration import load_out_of_fold
 from stformer_hf.training.finetuning import finetune, predict, prepare_classifier
 from stformer_hf.training.starts import cell_features, classifier_start
 from stformer_hf.training.starts.cell_features import CellFeatures, cell_states, scaled
+from stformer_hf.training.starts.labelled_cells import LabelledCells
+from stformer_hf.training.starts.linear_readers import Problem
 from stformer_hf.training.starts.spectral_start import count_blocks
 from stformer_hf.training.starts.spectral_views import fit_spectral_views
 
@@ -618,6 +620,42 @@ def test_classes_of_one_group_leave_the_others_calibrated(labelled, caplog):
     assert abs(np.log(model.config.temperature / without.config.temperature)) < 0.5
 
 
+def test_of_multiple_labels_only_those_of_one_group_are_left_out(labelled, caplog):
+    """All cells of d0 have a label that no other donor has: their other labels still choose and calibrate."""
+    cells = labelled[labelled.obs["type"].notna().to_numpy() & (np.asarray(labelled.X.sum(axis=1)).ravel() > 0)].copy()
+    for name in ("t0", "t1"):
+        cells.obs[name] = (cells.obs["type"] == name).astype(int)
+    cells.obs["of d0"] = (cells.obs["donor"] == "d0").astype(int)
+    keys = ["t0", "t1", "of d0"]
+    model = finetune(cells, keys, split_by="donor", num_train_epochs=0)
+    own = (cells.obs["donor"] == "d0").to_numpy()
+    assert (
+        f"1 of 3 labels have cells of one 'donor' alone: no model that has not seen these {own.sum()}" in caplog.text
+    )
+    found = model.out_of_fold
+    np.testing.assert_array_equal(found.rows, np.arange(len(own)))  # all cells count
+    expected = cells.obs[keys].to_numpy(np.float32)
+    expected[own, 2] = np.nan
+    np.testing.assert_array_equal(found.labels, expected)
+    np.testing.assert_array_equal(np.isnan(found.predictions), np.isnan(expected))
+    assert 0.3 < model.config.temperature < 3
+    cells.obs["t0"] = cells.obs["t1"] = cells.obs["of d0"]
+    with pytest.raises(ValueError, match="Each of the 3 labels has cells of one 'donor' alone"):
+        finetune(cells, keys, split_by="donor", num_train_epochs=0)
+
+
+def test_training_is_calibrated_by_the_labels_that_its_folds_could_learn():
+    column = LabelledCells(
+        None, slice(None), Problem("multi_label_classification", 2), np.arange(4), np.eye(4, 2, dtype=np.float32)
+    )
+    outputs = np.arange(8.0).reshape(4, 2)
+    folds = [(np.array([2, 3]), np.array([0, 1]), outputs[:2]), (np.array([0, 1]), np.array([2, 3]), outputs[2:])]
+    found = epoch_choice._out_of_fold(column, folds)
+    np.testing.assert_array_equal(found.labels, [[np.nan, 0], [0, np.nan], [0, 0], [0, 0]])
+    np.testing.assert_array_equal(found.predictions, outputs)
+    assert found.rows.tolist() == [0, 1, 2, 3]
+
+
 def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
     seen = []
     original = finetuning.start_classifier
@@ -632,6 +670,12 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
         finetune(labelled, "nothing")
     with pytest.raises(ValueError, match="Each of the 3 classes has cells of one 'copy' alone.*: leave out split_by"):
         finetune(labelled, "type", split_by="copy")
+    one = labelled.copy()
+    one.obs["site"] = np.where(one.obs["type"].isna() | (np.asarray(one.X.sum(axis=1)).ravel() == 0), "other", "here")
+    with pytest.raises(
+        ValueError, match="All usable cells have the same 'site', 'here', but validation needs another"
+    ):
+        finetune(one, "type", split_by="site")
     with pytest.raises(ValueError, match=r"There is no obs\['nobody'\]"):
         finetune(labelled, "type", split_by="nobody")
     with pytest.raises(ValueError, match="'depth' holds numbers, not categories. To predict numbers, pass"):

@@ -262,6 +262,8 @@ class _Column:
         if self.problem.kind == _OF_CLASSES:
             means = centroids(states, self.labels_of(self.head)).astype(np.float32)
         choice, labels = self.choice, self.labels_of(self.tested)
+        if self.problem.kind == "multi_label_classification":
+            labels = np.where(np.isnan(choice.out_of_fold), np.float32(np.nan), labels)
         out_of_fold = OutOfFold(choice.out_of_fold, labels, self.tested, choice.distances, means)
         return ClassifierStart(choice, out_of_fold, None if self.known is None else self.known.rotated)
 

@@ -76,6 +76,7 @@ class ReaderChoice:
     out_of_fold : float32 array (n_cells, n_outputs)
         Out-of-fold predictions, the mean over repeats: log probabilities of classes, logits of multiple labels per
         cell, or numbers for regression.
+        NaN for a label, of multiple ones, that no model which has not seen the cell knows.
     rows : int64 array (n_cells,)
         Rows of these cells among those that the choice was made by, ascending.
     distances : float32 array (n_cells,), optional
@@ -146,11 +147,14 @@ class Problem:
         return weights[0] * head + weights[1] * wide
 
     def loss(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Compute the loss of each cell, log loss in nats or squared error: float64 array (n,)."""
+        """Compute the loss of each cell, log loss in nats or squared error: float64 array (n,).
+
+        Of multiple labels, those that are NaN do not count; nor do they in a score.
+        """
         if self.kind == "regression":
             return ((outputs - labels.reshape(outputs.shape)) ** 2).mean(axis=1)
         if self.kind == "multi_label_classification":
-            return (np.logaddexp(0, outputs) - labels * outputs).mean(axis=1)
+            return np.nanmean(np.logaddexp(0, outputs) - labels * outputs, axis=1)
         return -special.log_softmax(outputs, axis=1)[np.arange(len(labels)), labels]
 
     def cell_scores(self, outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -162,15 +166,26 @@ class Problem:
         if self.kind == "regression":
             return -self.loss(outputs, labels)
         if self.kind == "multi_label_classification":
-            return ((outputs > 0) == (labels > 0.5)).mean(axis=1)
+            return np.nanmean(np.where(np.isnan(labels), np.nan, (outputs > 0) == (labels > 0.5)), axis=1)
         return (outputs.argmax(axis=1) == labels).astype(np.float64)
 
-    def can_learn(self, known: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """Return for which of some labels (n, …) a class, or each value, is among known ones: bool array (n,)."""
+    def that_count(self, known: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of some cells count in a test of a model that was fitted to known labels, and their labels.
+
+        A cell counts if its class is among the known ones, or any of its multiple labels is 0 or 1 as a known one;
+        the others of these become NaN.
+
+        Returns
+        -------
+        counts : bool array (n,)
+        labels : array (n, …), as `labels`
+        """
         if self.kind == "regression":
-            return np.ones(len(labels), bool)
-        columns = zip(np.atleast_2d(known.T), np.atleast_2d(labels.T), strict=True)
-        return np.all([np.isin(of, of_known) for of_known, of in columns], axis=0)
+            return np.ones(len(labels), bool), labels
+        if self.kind == "multi_label_classification":
+            learnt = np.stack([np.isin(of, of_known) for of_known, of in zip(known.T, labels.T, strict=True)], axis=1)
+            return learnt.any(axis=1), np.where(learnt, labels, np.float32(np.nan))
+        return np.isin(labels, known), labels
 
     def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         """Compute the accuracy, for multiple labels the mean over labels, or R^2 for regression."""
@@ -281,8 +296,9 @@ def choose_readers(
     that are right about the same cells. The temperature is that of `fit_temperature`.
 
     A cell whose class its training fold lacks, such as one of a class of a single cell or donor, counts in none of
-    this: all readers are wrong about it, and the loss would favour those, and a temperature, that are never sure. If
-    no cell counts, the preferred settings are kept, at the temperature of a mean of both readers.
+    this: all readers are wrong about it, and the loss would favour those, and a temperature, that are never sure. Nor
+    does one of its multiple labels that the fold lacks, while the others count. If no cell counts, the preferred
+    settings are kept, at the temperature of a mean of both readers.
 
     Parameters
     ----------
@@ -320,7 +336,7 @@ def choose_readers(
         train, held_out, repeat = fold
         of_train, of_held_out = head_features(train, held_out)
         at = repeat * len(tested) + tested.searchsorted(held_out)
-        counts[at] = problem.can_learn(labels[train], labels[held_out])
+        counts[at], every[at] = problem.that_count(labels[train], labels[held_out])
         of_both = ((heads, of_train, of_held_out), (wides, gene_features[train], gene_features[held_out]))
         for readers, known, others in of_both:
             for penalty, outputs in readers.items():
@@ -337,14 +353,15 @@ def choose_readers(
                 log_wait(f"Choosing linear models for {len(labels):,} cells", seconds)
 
     every, heads, wides = every[counts], *({of: out[counts] for of, out in some.items()} for some in (heads, wides))
-    rows, of_row, n_repeated = np.unique(
-        np.tile(tested, n_repeats)[counts], return_inverse=True, return_counts=True
-    )  # the repeats of a cell are not independent: what is compared is its mean over them
+    # The repeats of a cell are not independent: what is compared is its mean over them.
+    rows, of_row = np.unique(np.tile(tested, n_repeats)[counts], return_inverse=True)
 
     def mean_of_cells(values: np.ndarray) -> np.ndarray:
-        sums = np.zeros((len(rows), *values.shape[1:]))
-        np.add.at(sums, of_row, values)
-        return (sums.T / n_repeated).T
+        sums, n_known = np.zeros((2, len(rows), *values.shape[1:]))
+        known = ~np.isnan(values)
+        np.add.at(sums, of_row, np.where(known, values, 0))
+        np.add.at(n_known, of_row, known)
+        return np.where(n_known > 0, sums / np.maximum(n_known, 1), np.nan)
 
     temperatures = (1.0,) if problem.kind == "regression" else _TEMPERATURES
     chosen = preferred
@@ -364,7 +381,10 @@ def choose_readers(
     temperature = fit_temperature(problem, both, every) if len(rows) else float(sum(chosen["weights"]))
     outputs = both / temperature
     loss = float(problem.loss(outputs, every).mean()) if len(rows) else np.nan
-    outputs = special.log_softmax(outputs, axis=1) if of_classes else outputs
+    if of_classes:
+        outputs = special.log_softmax(outputs, axis=1)
+    elif problem.kind == "multi_label_classification":
+        outputs = np.where(np.isnan(every), np.nan, outputs)
     score, outputs = problem.score(outputs, every) if len(rows) else np.nan, mean_of_cells(outputs)
     # Means of log probabilities are not normalised.
     outputs = special.log_softmax(outputs, axis=1) if of_classes else outputs

@@ -276,13 +276,21 @@ def test_without_cells_that_count_the_usual_settings_are_kept():
 
 
 def test_numbers_of_multiple_labels_that_a_fold_lacks():
-    known, labels = np.array([[0, 1], [1, 1]]), np.array([[0, 1], [1, 0], [1, 1]])
-    assert Problem("multi_label_classification", 2).can_learn(known, labels).tolist() == [True, False, True]
-    assert Problem("regression", 2).can_learn(known, labels).all()
-    assert Problem(CLASSES, 3).can_learn(np.array([0, 2]), np.array([0, 1, 2])).tolist() == [True, False, True]
+    known, labels = np.array([[0, 1], [0, 1]], np.float32), np.array([[0, 1], [1, 0], [1, 1]], np.float32)
+    of_several = Problem("multi_label_classification", 2)
+    counts, those = of_several.that_count(known, labels)
+    assert counts.tolist() == [True, False, True]
+    np.testing.assert_array_equal(those, [[0, 1], [np.nan, np.nan], [np.nan, 1]])
+    outputs = np.array([[-1.0, 2.0], [0.0, 0.0], [9.0, -2.0]])
+    np.testing.assert_allclose(of_several.cell_scores(outputs[counts], those[counts]), [1, 0])
+    np.testing.assert_allclose(of_several.loss(outputs[counts], those[counts])[1], np.logaddexp(0, -2) + 2)
+    counts, those = Problem("regression", 2).that_count(known, labels)
+    assert counts.all() and those is labels
+    counts, those = Problem(CLASSES, 3).that_count(np.array([0, 2]), np.array([0, 1, 2]))
+    assert counts.tolist() == [True, False, True] and those.tolist() == [0, 1, 2]
     for some, shape in ((CLASSES, (0,)), ("multi_label_classification", (0, 2))):
         nothing = np.empty(shape, np.int64)
-        assert Problem(some, 2).can_learn(nothing, nothing).shape == (0,)
+        assert Problem(some, 2).that_count(nothing, nothing)[0].shape == (0,)
         assert fit_temperature(Problem(some, 2), np.empty((0, 2)), nothing) == 1
 
 
