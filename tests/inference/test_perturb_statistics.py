@@ -238,5 +238,12 @@ def test_an_interval_over_donors_is_wider_than_over_their_cells():
     np.testing.assert_allclose((low, high), expected)
 
 
-def test_false_discovery_rates_leave_missing_tests_out():
-    np.testing.assert_allclose(benjamini_hochberg(np.array([0.01, np.nan, 0.04, 0.5])), [0.03, np.nan, 0.06, 0.5])
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), max_size=30))
+def test_false_discovery_rates_leave_missing_tests_out(values):
+    """Each is the least n p / rank of a p at least as large, among the n that are known."""
+    p = np.array(values)
+    found, known = benjamini_hochberg(p), np.sort(p[~np.isnan(p)])
+    shares = len(known) * known / np.arange(1, len(known) + 1)
+    expected = [np.nan if np.isnan(each) else min(1, shares[known >= each].min()) for each in p]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-300)
+    np.testing.assert_array_equal(found[~np.isnan(p)], stats.false_discovery_control(p[~np.isnan(p)]))

@@ -184,8 +184,8 @@ class Problem:
             return np.ones(len(labels), bool), labels
         if self.kind == "multi_label_classification":
             learnt = np.stack([np.isin(of, of_known) for of_known, of in zip(known.T, labels.T, strict=True)], axis=1)
-            return learnt.any(axis=1), np.where(learnt, labels, np.float32(np.nan))
-        return np.isin(labels, known), labels
+            return np.asarray(learnt.any(axis=1)), np.where(learnt, labels, np.float32(np.nan))
+        return np.asarray(np.isin(labels, known)), labels
 
     def score(self, outputs: np.ndarray, labels: np.ndarray) -> float:
         """Compute the accuracy, for multiple labels the mean over labels, or R^2 for regression."""
