@@ -29,6 +29,7 @@ from .rejection import UNKNOWN, check_reject, rejection_thresholds
 logger = logging.getLogger(__name__)
 
 N_NEIGHBORS = 15
+_HALF = ("bfloat16", "float16")
 REFERENCE_FILE, _ARRAYS = "reference.json", "reference.safetensors"
 
 
@@ -39,6 +40,7 @@ class Reference(NamedTuple):
     labels: pd.Categorical  # (n_cells,), all known
     names: np.ndarray  # of the cells: str (n_cells,)
     fingerprint: str  # of the model, see `fingerprint_of`
+    dtype: str | None  # in which the embedding was computed; None if a saved reference does not say it
 
 
 def map_to_reference(
@@ -91,7 +93,8 @@ def map_to_reference(
         neighbours, the nearest first, and `mapped_neighbor_distances`, float32. They are missing (names: "") for a
         cell without a known gene. Settings go to `query.uns["mapped"]`.
     layer, fractional, batch_size, device, dtype, min_coverage, distributed
-        As for `embed`. `layer` is that of the query.
+        As for `embed`. `layer` is that of the query. By default, `dtype` is that of a saved reference; with another
+        one, a warning is logged.
 
     Returns
     -------
@@ -133,6 +136,7 @@ def map_to_reference(
         if label_key is not None:
             raise ValueError(f"{reference} already has labels: leave out label_key={label_key!r}.")
         known = _load_reference(Path(reference), encoder, tokenizer)
+        settings["dtype"] = _precision_for(known, encoder, dtype)
     else:
         known = _embed_reference(reference, encoder, tokenizer, label_key, settings)
     classes = list(known.labels.categories)
@@ -194,8 +198,8 @@ def save_reference(
 ) -> None:
     """Embed a labelled reference, and write it to a folder for `map_to_reference`.
 
-    The folder holds the embedding, the labels and the names of the cells, and the fingerprint of the model; not the
-    counts. Parameters are those of `map_to_reference`.
+    The folder holds the embedding and its precision, the labels and the names of the cells, and the fingerprint of
+    the model; not the counts. Parameters are those of `map_to_reference`.
 
     Raises
     ------
@@ -217,6 +221,7 @@ def save_reference(
         "classes": list(found.labels.categories),
         "cells": found.names.tolist(),
         "model_fingerprint": found.fingerprint,
+        "dtype": found.dtype,
         "version": __version__,
     }
     (folder / REFERENCE_FILE).write_text(json.dumps(facts), encoding="utf-8")
@@ -234,7 +239,26 @@ def _load_reference(folder: Path, encoder: PreTrainedModel, tokenizer: GeneToken
         )
     arrays = load_file(str(folder / _ARRAYS))
     labels = pd.Categorical.from_codes(arrays["labels"], facts["classes"])
-    return Reference(arrays["embedding"], labels, np.array(facts["cells"], dtype=object), fingerprint)
+    names = np.array(facts["cells"], dtype=object)
+    return Reference(arrays["embedding"], labels, names, fingerprint, facts.get("dtype"))
+
+
+def _precision_for(known: Reference, encoder: PreTrainedModel, dtype: str | None) -> str | None:
+    """Return the dtype in which to embed cells that are compared with a reference: its own, unless one is given."""
+    if dtype is None and known.dtype in _HALF:
+        return known.dtype
+    own = _computed_in(encoder, dtype)
+    if known.dtype not in (None, own):
+        logger.warning(
+            f"The reference was embedded in {known.dtype}, and the query is in {own}: their distances also hold the "
+            f"difference of both. Leave out dtype, or save the reference with dtype={own!r}."
+        )
+    return dtype
+
+
+def _computed_in(encoder: PreTrainedModel, dtype: str | None) -> str:
+    """Return the precision of an embedding: half precision if it was asked for, else that of the weights."""
+    return dtype if dtype in _HALF else str(encoder.dtype).removeprefix("torch.")
 
 
 def _embed_reference(
@@ -271,7 +295,8 @@ def _embed_reference(
         )
     names = table.obs_names.to_numpy(dtype=object)[kept]
     labels = labels[kept].remove_unused_categories()
-    return Reference(table.obsm["X_stformer"][kept], labels, names, fingerprint_of(encoder, tokenizer))
+    fingerprint, dtype = fingerprint_of(encoder, tokenizer), _computed_in(encoder, settings["dtype"])
+    return Reference(table.obsm["X_stformer"][kept], labels, names, fingerprint, dtype)
 
 
 def _n_shared(query: AnnData, known: Reference, there: np.ndarray) -> int:

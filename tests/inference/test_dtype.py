@@ -1,5 +1,7 @@
 """Embeddings computed in half precision, in Python and on the command line."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,33 @@ def test_half_precision_is_near_and_leaves_the_weights(config, tokenizer, adata,
     files = ["--data", str(tmp_path / "cells.h5ad"), "--output", str(tmp_path / "out.h5ad")]
     assert main(["embed", *files, "--model", str(tmp_path / "model"), "--dtype", "bfloat16", "--device", "cpu"]) == 0
     np.testing.assert_allclose(read_h5ad(tmp_path / "out.h5ad").obsm["X_stformer"], near, atol=1e-6)
+
+
+def test_a_query_is_embedded_as_the_saved_reference_was(config, tokenizer, adata, tmp_path, caplog):
+    torch.manual_seed(0)
+    tokenizer.included_phenotypes = []
+    config.initializer_range = 0.3
+    model = GeneBertModel(config)
+    model.tokenizer = tokenizer
+    states, asked = {}, (None, "float32", "bfloat16")
+    for dtype in asked:
+        embed(adata, model, dtype=dtype)
+        states[dtype] = adata.obsm["X_stformer"]
+    for saved in asked:
+        save_reference(adata, model, tmp_path / f"{saved}", "cell_type", dtype=saved)
+        for dtype in asked:
+            query = adata.copy()
+            caplog.clear()
+            map_to_reference(query, tmp_path / f"{saved}", model, dtype=dtype)
+            np.testing.assert_array_equal(query.obsm["X_stformer"], states[saved if dtype is None else dtype])
+            differ = dtype is not None and (saved == "bfloat16") != (dtype == "bfloat16")
+            assert ("was embedded in" in caplog.text) == differ
+    file = tmp_path / "bfloat16" / "reference.json"
+    facts = json.loads(file.read_text())
+    assert facts.pop("dtype") == "bfloat16"
+    file.write_text(json.dumps(facts))  # of an earlier version
+    map_to_reference(query, tmp_path / "bfloat16", model, dtype="float32")
+    assert "was embedded in" not in caplog.text
 
 
 def test_other_functions_compute_in_half_precision_too(config, tokenizer, adata, tmp_path):
