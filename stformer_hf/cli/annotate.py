@@ -72,9 +72,14 @@ def summary(adata: AnnData) -> list[str]:
 def run(args: AnnotateArguments):
     """Label the cells and write the file; return the AnnData."""
     from ..inference.annotate import annotate
-    from .files import read, several_processes, write
+    from ..models.gene_bert.heads import problem_of
+    from ..training.loading import load_config
+    from .files import check_names, read, several_processes, write
 
     adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True, suffixes=_SUFFIXES)
+    config = load_config(args.model)
+    if problem_of(config) != "single_label_classification":
+        check_names([f"stformer_{name}" for name in config.id2label.values()], "obs", args.output)
     found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
     labelled = cast("AnnData", adata if found is None else found)  # of a store, another one is returned
     write(labelled, args.output, labelled.uns["stformer_annotation"]["columns"])

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
+import anndata
 import h5py
+import numpy as np
+import pandas as pd
 from accelerate import PartialState
 from accelerate.utils import get_int_from_env
 from anndata import AnnData
-from anndata.io import write_elem
+from anndata.abc import CSCDataset, CSRDataset
+from anndata.experimental import write_dispatched
+from anndata.io import sparse_dataset, write_elem
 
 from ..genes.whole_files import whole_file
 from ..sources.formats import local_path, remote_folder
@@ -20,6 +26,9 @@ from ..sources.read_anndata import read_anndata
 from ..store.cell_store import CellStore
 from ..store.replacing import locked
 from .arguments import check_free
+
+_CHUNK = 2**20  # values in a chunk of a zarr
+_CHUNKS = 4  # that are copied at once
 
 
 def holds_store(path: str | Path) -> bool:
@@ -49,7 +58,7 @@ def read(
             raise ValueError(f"--layer {layer}: {data} is a store, which holds the counts of one layer.")
         return CellStore(data), None
     adata, layer = read_anndata(data, layer, backed=blockwise)
-    if output is not None and Path(output).suffix.lower() == ".zarr":
+    if output is not None:
         _check_names(adata, output)
     if adata.isbacked and isinstance(adata.file["obs"], h5py.Dataset):  # anndata < 0.7, which `write` cannot add to
         return adata.to_memory(), layer
@@ -74,12 +83,23 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
 def _check_names(adata: AnnData, output: str) -> None:
     """Raise a ValueError for a name that a zarr cannot hold, before the work."""
     for part in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
-        for name in getattr(adata, part):
-            if "/" in str(name):
-                raise ValueError(
-                    f"--output {output}: a zarr cannot hold names with a slash, such as {part}[{str(name)!r}]. Rename "
-                    "it, or write .h5ad."
-                )
+        check_names(getattr(adata, part), part, output)
+
+
+def check_names(names: Iterable[str], part: str, output: str) -> None:
+    """Raise a ValueError for a name, also in the values of a mapping, that a zarr cannot hold, if that is written."""
+    if Path(output).suffix.lower() != ".zarr":
+        return
+    for name in names:
+        where = f"{part}[{str(name)!r}]"
+        if "/" in str(name):
+            raise ValueError(
+                f"--output {output}: a zarr cannot hold names with a slash, such as {where}. Rename it, or write "
+                ".h5ad."
+            )
+        value = names[name] if isinstance(names, Mapping) else None
+        if isinstance(value, Mapping | pd.DataFrame):
+            check_names(value, where, output)
 
 
 @contextmanager
@@ -109,8 +129,8 @@ def is_first_process() -> bool:
 def write(adata: AnnData, output: str, columns: Sequence[str] = ()) -> None:
     """Write an h5ad file, a zarr folder, or a csv file with some columns of obs, whole or not at all.
 
-    An h5ad of an AnnData on disk is a copy of its file with the new obs, obsm and uns. With several processes, only
-    the first one writes.
+    An h5ad of an AnnData on disk is a copy of its file with the new obs, obsm and uns; its matrices are copied to a
+    zarr in blocks. With several processes, only the first one writes.
     """
     if not is_first_process():
         return
@@ -120,7 +140,7 @@ def write(adata: AnnData, output: str, columns: Sequence[str] = ()) -> None:
         if path.suffix.lower() == ".csv":
             adata.obs[list(columns)].to_csv(part)
         elif path.suffix.lower() == ".zarr":
-            (adata.to_memory() if adata.isbacked else adata).write_zarr(part)
+            (_write_zarr_from_disk if adata.isbacked else AnnData.write_zarr)(adata, part)
         elif adata.isbacked:
             source = adata.filename
             adata.file.close()
@@ -131,3 +151,41 @@ def write(adata: AnnData, output: str, columns: Sequence[str] = ()) -> None:
                     write_elem(file, name, value if name == "obs" else dict(value))
         else:
             adata.write_h5ad(part, compression="gzip")
+
+
+def _write_zarr_from_disk(adata: AnnData, path: Path) -> None:
+    """Write an AnnData whose matrices are in an HDF5 file to a zarr, a few million values at a time."""
+    import zarr
+
+    def write_part(write, group, name: str, value, *, dataset_kwargs, **_) -> None:
+        if isinstance(value, CSRDataset | CSCDataset | h5py.Dataset):
+            _copy_matrix(value, group, name)
+        else:
+            write(group, name, value, dataset_kwargs=dataset_kwargs)
+
+    as_anndata = {} if zarr.__version__.startswith("2.") else {"zarr_format": anndata.settings.zarr_write_format}
+    group = zarr.open_group(str(path), mode="w", **as_anndata)
+    write_dispatched(group, "/", adata, callback=write_part)
+    zarr.consolidate_metadata(group.store)
+
+
+def _copy_matrix(matrix: CSRDataset | CSCDataset | h5py.Dataset, group: Any, name: str) -> None:
+    """Copy a matrix to a group of a zarr, by rows, or by columns if it is stored by columns."""
+    chunks: tuple[int, ...] = (_CHUNK,)
+    if isinstance(matrix, h5py.Dataset):
+        n, width = len(matrix), int(np.prod(matrix.shape[1:]))
+        step = max(_CHUNK // max(width, 1), 1)
+        write_elem(group, name, matrix[:0], dataset_kwargs={"chunks": (step, *matrix.shape[1:])})
+        for start in range(0, n, _CHUNKS * step):
+            group[name].append(matrix[start : start + _CHUNKS * step])
+        return
+    by_row = matrix.format == "csr"
+    empty = matrix[:0] if by_row else matrix[:, :0]
+    write_elem(group, name, empty, dataset_kwargs={"chunks": chunks, "indptr_dtype": np.dtype(np.int64)})
+    copy, indptr = sparse_dataset(group[name]), matrix.group["indptr"][:]
+    start = 0
+    while start < len(indptr) - 1:
+        stop = int(np.searchsorted(indptr, indptr[start] + _CHUNKS * _CHUNK, side="right")) - 1
+        stop = max(stop, start + 1)  # a single row may have more
+        copy.append(matrix[start:stop] if by_row else matrix[:, start:stop])
+        start = stop

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -114,6 +115,58 @@ def test_names_that_a_zarr_cannot_hold_are_named_before_the_work(adata, model, t
     words = ["--data", str(tmp_path / "a.h5ad"), "--model", model, "--output", str(tmp_path / "out.zarr")]
     assert main(["embed", *words]) == 1
     assert "a zarr cannot hold names with a slash, such as obs['x/y']" in capsys.readouterr().err
+    del adata.obs["x/y"]
+    adata.obsm["scores"] = pd.DataFrame({"p/q": range(60)}, index=adata.obs_names)
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    assert main(["embed", *words]) == 1
+    assert "such as obsm['scores']['p/q']" in capsys.readouterr().err
+
+
+def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_path, capsys, monkeypatch):
+    config.id2label, config.problem_type = {0: "B", 1: "CD4/CD8"}, "multi_label_classification"
+    GeneBertForClassification(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    adata.write_h5ad(tmp_path / "a.h5ad")
+    words = ["--data", tmp_path / "a.h5ad", "--model", tmp_path / "model"]
+    run("annotate", *words, "--output", tmp_path / "out.csv")
+    assert list(pd.read_csv(tmp_path / "out.csv", index_col=0)) == ["stformer_B", "stformer_CD4/CD8"]
+    monkeypatch.setattr("stformer_hf.inference.annotate.load", None)
+    capsys.readouterr()
+    assert main(["annotate", *map(str, words), "--output", str(tmp_path / "out.zarr")]) == 1
+    assert "such as obs['stformer_CD4/CD8']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ["csr", "csc", "dense"])
+def test_matrices_are_copied_to_a_zarr_in_blocks(kind, legacy, adata, model, tmp_path, monkeypatch):
+    """Here of at most 40 values, some rows of which have more; what is written is as if read whole."""
+    monkeypatch.setattr(files, "_CHUNK", 10)
+    matrix = adata.X.toarray() if kind == "dense" else adata.X.asformat(kind)
+    adata.X, adata.layers["ints"] = matrix, matrix.astype(np.uint16)
+    adata.raw = adata.copy()
+    adata.obsm["of_table"] = pd.DataFrame({"a": range(60)}, index=adata.obs_names)
+    adata.obs["text"], adata.uns["params"] = [f"t{i}" for i in range(60)], {"n": 3, "inner": {"x": np.arange(3)}}
+    adata.write_h5ad(tmp_path / "in.h5ad")
+    if legacy:  # as before anndata 0.7.?: no encoding of the file
+        with h5py.File(tmp_path / "in.h5ad", "r+") as file:
+            del file.attrs["encoding-type"], file.attrs["encoding-version"], file["layers"]["ints"]
+    expected = read_h5ad(tmp_path / "in.h5ad")
+    embed(expected, model)
+    monkeypatch.setattr(type(adata), "to_memory", None)
+    run("embed", "--data", tmp_path / "in.h5ad", "--model", model, "--output", tmp_path / "out.zarr")
+    found = read_zarr(tmp_path / "out.zarr")
+    pairs = [(found.X, expected.X), (found.raw.X, expected.raw.X)]
+    pairs += [(found.layers[name], expected.layers[name]) for name in expected.layers]
+    for one, other in pairs:
+        assert type(one) is type(other) and one.dtype == other.dtype
+        one, other = (of if kind == "dense" else of.toarray() for of in (one, other))
+        np.testing.assert_array_equal(one, other)
+    for part in ("obs", "var", "obsm", "varm", "obsp", "layers", "uns"):
+        assert set(getattr(found, part)) == set(getattr(expected, part)), part
+    pd.testing.assert_frame_equal(found.obs, expected.obs, check_categorical=False)
+    pd.testing.assert_frame_equal(found.raw.var, expected.raw.var)
+    assert found.uns["params"]["inner"]["x"].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(found.obsm["X_stformer"], expected.obsm["X_stformer"], atol=1e-5)
 
 
 def test_what_annotate_prints(adata):
