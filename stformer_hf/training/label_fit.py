@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from datasets import ClassLabel
 from datasets import Dataset as HuggingFaceDataset
 from torch.utils.data import ConcatDataset, Subset
@@ -182,7 +183,8 @@ def _read(dataset: Any, name: str) -> _Labels | None:
             )
         values: Any = dataset.obs[name]
         if name not in dataset.categories:
-            return _Labels(np.asarray(values), None, of_store)
+            # Booleans are objects where others of the store are missing.
+            return _Labels(pd.Series(np.asarray(values)).infer_objects().to_numpy(), None, of_store)
         codes = values.cat.codes.to_numpy() if of_store else values
         return _Labels(codes, list(dataset.categories[name]), of_store)
     if isinstance(dataset, HuggingFaceDataset) and name in dataset.column_names:

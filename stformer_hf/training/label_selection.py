@@ -30,7 +30,7 @@ def select_labelled(
     classes : the classes of each column, or None
     problem_type : str
     """
-    columns = [label_key] if isinstance(label_key, str) else list(label_key)
+    columns = [label_key] if isinstance(label_key, str) else list(dict.fromkeys(label_key))
     several = not isinstance(label_key, str)
     if not columns:
         raise ValueError("label_key is empty: pass at least one column.")
@@ -71,7 +71,21 @@ def select_labelled(
     if not usable.any():
         raise ValueError(f"None of the {len(cells)} cells has counts and a {key!r}.")
     labels = (labels if several else labels[:, 0])[usable]
+    if problem_type == "multi_label_classification":
+        _check_zeros_and_ones(labels, columns)
     return (cells if usable.all() else cells.select(usable)), labels, key, classes, problem_type
+
+
+def _check_zeros_and_ones(labels: np.ndarray, columns: Sequence[str]) -> None:
+    """Raise a ValueError if multiple labels per cell, float32 (n,) or (n, n_columns), are not 0 or 1."""
+    for name, of_column in zip(columns, labels.reshape(len(labels), -1).T, strict=True):
+        wrong = of_column[(of_column != 0) & (of_column != 1)]
+        if len(wrong):
+            raise ValueError(
+                f"{name!r} holds {wrong[0]:g}, but multiple labels per cell are columns of 0 and 1. To predict "
+                "numbers, pass problem_type='regression'. To predict a class in each column, make them categorical, "
+                "adata.obs[key].astype('category')."
+            )
 
 
 def _class_codes(cells: CellStore, name: str, usable: np.ndarray) -> tuple[np.ndarray, list[str]]:

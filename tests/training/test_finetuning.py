@@ -620,6 +620,18 @@ def test_classes_of_one_group_leave_the_others_calibrated(labelled, caplog):
     assert abs(np.log(model.config.temperature / without.config.temperature)) < 0.5
 
 
+def test_multiple_labels_are_zeros_and_ones(labelled):
+    cells, settings = labelled.copy(), {"num_train_epochs": 0}
+    cells.obs["is t0"] = cells.obs["type"] == "t0"
+    for values in (np.arange(240) % 3, np.linspace(0, 1, 240), np.where(np.arange(240) % 2, 1, -1)):
+        cells.obs["other"] = values
+        with pytest.raises(ValueError, match="'other' holds .*, but multiple labels per cell are columns of 0 and 1"):
+            finetune(cells, ["is t0", "other"], **settings)
+    cells.obs["other"] = pd.array(np.where(np.arange(240) < 9, None, np.arange(240) % 2 == 0), dtype="boolean")
+    model = finetune(cells, ["is t0", "other", "other"], num_train_epochs=1)  # missing for some, which are left out
+    assert list(model.config.label2id) == ["is t0", "other"]
+
+
 def test_of_multiple_labels_only_those_of_one_group_are_left_out(labelled, caplog):
     """All cells of d0 have a label that no other donor has: their other labels still choose and calibrate."""
     cells = labelled[labelled.obs["type"].notna().to_numpy() & (np.asarray(labelled.X.sum(axis=1)).ravel() > 0)].copy()
