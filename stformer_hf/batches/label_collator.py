@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import torch
 
@@ -160,6 +161,8 @@ class DataCollatorForCellClassification(CellCollator):
             labels = np.array([*(label2id.get(of, -1) for of in names), -1])[labels]
         elif names is not None:
             self._check_classes(name, names)
+        if labels.dtype == object:  # booleans, where others of the store are missing
+            labels = pd.Series(labels).infer_objects().to_numpy()
         if not np.issubdtype(labels.dtype, np.number) and labels.dtype != bool:
             raise ValueError(f"{name!r} must hold categories or numbers, got {labels[0]!r}.")
         if self._of_columns and classes:
