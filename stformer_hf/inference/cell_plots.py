@@ -146,7 +146,7 @@ def umaps(
     Raises
     ------
     ValueError
-        A key or column is missing.
+        A key or column is missing, or `outlined` is not boolean.
     """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
@@ -154,7 +154,11 @@ def umaps(
     for key in use_reps.values():
         must_have(adata.obsm, "obsm", key)
     must_have(adata.obs, "obs", outlined)
-    edged = np.zeros(adata.n_obs, bool) if outlined is None else adata.obs[outlined].to_numpy(bool, na_value=False)
+    edged = np.zeros(adata.n_obs, bool)
+    if outlined is not None:
+        if pd.api.types.infer_dtype(adata.obs[outlined].astype(object), skipna=True) != "boolean":
+            raise ValueError(f"obs[{outlined!r}] must be boolean, but it holds {adata.obs[outlined].dtype}.")
+        edged = adata.obs[outlined].to_numpy(bool, na_value=False)
     name_of_colours, colours, order, legend = _colours(adata, color)
     figure, panels = plt.subplots(
         1, len(use_reps), figsize=(4.5 * len(use_reps) + 3, 4.8), layout="constrained", squeeze=False

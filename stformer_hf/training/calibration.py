@@ -96,7 +96,7 @@ def changed_weight(before: Sketch, model: nn.Module) -> str | None:
     Weights that are quantised now are not compared.
     """
     now = sketch_of(model)
-    for name in before.keys() & now.keys():
+    for name in filter(now.__contains__, before):
         (size, *numbers), (size_now, *numbers_now) = before[name], now[name]
         rounding = _ROUNDING * numbers[0] + _LEAST_ROUNDING * np.sqrt(size)
         if size != size_now or not np.allclose(numbers_now, numbers, rtol=0, atol=rounding):
@@ -104,19 +104,16 @@ def changed_weight(before: Sketch, model: nn.Module) -> str | None:
     return None
 
 
-def sign(found: OutOfFold | Mapping[str, OutOfFold] | None, model: nn.Module) -> None:
+def sign(found: OutOfFold | Mapping[str, OutOfFold], model: nn.Module) -> None:
     """Keep a sketch of the weights of a model, whose adapters are merged, with its out-of-fold predictions."""
-    parts = _parts(found)
-    sketch = sketch_of(model) if parts else None
-    for of in parts:
+    sketch = sketch_of(model)
+    for of in _parts(found):
         of.weights = sketch
 
 
-def _parts(found: OutOfFold | Mapping[str, OutOfFold] | None) -> list[OutOfFold]:
+def _parts(found: OutOfFold | Mapping[str, OutOfFold]) -> list[OutOfFold]:
     """Return the out-of-fold predictions of each label column, or those of the only one."""
-    if found is None or isinstance(found, OutOfFold):
-        return [] if found is None else [found]
-    return list(found.values())
+    return [found] if isinstance(found, OutOfFold) else list(found.values())
 
 
 def replace_out_of_fold(folder: str | Path, found: OutOfFold | Mapping[str, OutOfFold] | None) -> None:

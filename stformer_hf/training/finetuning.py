@@ -203,7 +203,8 @@ def finetune(
             trainer.save_model(str(output))
             prepared.save_choice(trainer)
             trainer.create_model_card()
-        sign(prepared.out_of_fold, unwrap(prepared.model, merge=True))
+        if prepared.out_of_fold is not None:
+            sign(prepared.out_of_fold, unwrap(prepared.model, merge=True))
         unwrap(prepared.model).out_of_fold = prepared.out_of_fold
         return prepared.model.eval()
 

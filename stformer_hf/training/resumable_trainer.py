@@ -172,7 +172,8 @@ class ResumableTrainer(LossTrainer):
         card_before = card.read_bytes() if card.exists() else None
         super()._save(output_dir, state_dict)
         if not folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # where no process has all weights
+            is_whole = not (self.is_deepspeed_enabled or self.is_fsdp_enabled)  # else no process has all weights
+            if self.out_of_fold is not None and is_whole:
                 sign(self.out_of_fold, unwrap(self.model, merge=True))
             replace_out_of_fold(folder, self.out_of_fold)
         if hasattr(model, "peft_config"):

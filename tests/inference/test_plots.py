@@ -226,6 +226,9 @@ def test_umaps_are_panels_of_one_legend_with_edges_of_some_cells(tmp_path):
         plots.umaps(adata, "g", {"three": "X_three"})
     with pytest.raises(ValueError, match="no obs\\['seen'\\]; obs has 'g', 'held out'"):
         plots.umaps(adata, "g", {"one": "X_one"}, outlined="seen")
+    adata.obs["text"] = adata.obs["held out"].astype(str)  # "False" is true
+    with pytest.raises(ValueError, match=r"obs\['text'\] must be boolean"):
+        plots.umaps(adata, "g", {"one": "X_one"}, outlined="text")
 
 
 @pytest.mark.usefixtures("compiled_umap")
