@@ -79,7 +79,8 @@ def run(args: AnnotateArguments):
     adata, layer = read(args.data, args.output, args.overwrite, args.layer, blockwise=True, suffixes=_SUFFIXES)
     config = load_config(args.model)
     if problem_of(config) != "single_label_classification":
-        check_names([f"stformer_{name}" for name in config.id2label.values()], "obs", args.output)
+        names = [f"stformer_{name}" for name in config.id2label.values()]
+        check_names(names, "obs", args.output, "Write .csv")
     found = annotate(adata, args.model, layer=layer, distributed=several_processes(), **args.options())
     labelled = cast("AnnData", adata if found is None else found)  # of a store, another one is returned
     write(labelled, args.output, labelled.uns["stformer_annotation"]["columns"])

@@ -6,10 +6,10 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -27,6 +27,8 @@ from ..store.cell_store import CellStore
 from ..store.replacing import locked
 from .arguments import check_free
 
+# which no longer writes names with a slash to an h5ad
+_OF_ANNDATA_0_13 = tuple(map(int, version("anndata").split(".")[:2])) >= (0, 13)
 _CHUNK = 2**20  # values in a chunk of a zarr
 _CHUNKS = 4  # that are copied at once
 
@@ -56,7 +58,10 @@ def read(
     if blockwise and holds_store(data):
         if layer is not None:
             raise ValueError(f"--layer {layer}: {data} is a store, which holds the counts of one layer.")
-        return CellStore(data), None
+        store = CellStore(data)
+        if output is not None:
+            _check_names(store, output)
+        return store, None
     adata, layer = read_anndata(data, layer, backed=blockwise)
     if output is not None:
         _check_names(adata, output)
@@ -80,23 +85,24 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
     check_free(output, overwrite)
 
 
-def _check_names(adata: AnnData, output: str) -> None:
-    """Raise a ValueError for a name that a zarr cannot hold, before the work."""
+def _check_names(cells: AnnData | CellStore, output: str) -> None:
+    """Raise a ValueError for a name that the output cannot hold, before the work."""
+    if isinstance(cells, CellStore):
+        check_names(cells.obs.columns, "obs", output)
+        return
     for part in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
-        check_names(getattr(adata, part), part, output)
+        check_names(getattr(cells, part), part, output)
 
 
-def check_names(names: Iterable[str], part: str, output: str) -> None:
-    """Raise a ValueError for a name, also in the values of a mapping, that a zarr cannot hold, if that is written."""
-    if Path(output).suffix.lower() != ".zarr":
+def check_names(names: Iterable[str], part: str, output: str, what_to_do: str = "Rename it") -> None:
+    """Raise a ValueError for a name with a slash, also in a table or mapping, if the output cannot hold it."""
+    suffix = Path(output).suffix.lower()
+    if suffix == ".csv" or (suffix == ".h5ad" and not _OF_ANNDATA_0_13):
         return
     for name in names:
         where = f"{part}[{str(name)!r}]"
         if "/" in str(name):
-            raise ValueError(
-                f"--output {output}: a zarr cannot hold names with a slash, such as {where}. Rename it, or write "
-                ".h5ad."
-            )
+            raise ValueError(f"--output {output}: {suffix[1:]} cannot hold names with a slash, {where}. {what_to_do}.")
         value = names[name] if isinstance(names, Mapping) else None
         if isinstance(value, Mapping | pd.DataFrame):
             check_names(value, where, output)
@@ -163,8 +169,9 @@ def _write_zarr_from_disk(adata: AnnData, path: Path) -> None:
         else:
             write(group, name, value, dataset_kwargs=dataset_kwargs)
 
-    as_anndata = {} if zarr.__version__.startswith("2.") else {"zarr_format": anndata.settings.zarr_write_format}
-    group = zarr.open_group(str(path), mode="w", **as_anndata)
+    AnnData().write_zarr(path)  # which shows the format that anndata writes
+    settings: dict[str, Any] = {"zarr_format": 3 if (path / "zarr.json").exists() else 2}
+    group = zarr.open_group(str(path), mode="w", **({} if version("zarr").startswith("2.") else settings))
     write_dispatched(group, "/", adata, callback=write_part)
     zarr.consolidate_metadata(group.store)
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ from scipy import sparse
 from scipy.io import mmwrite
 from transformers import set_seed
 
-from stformer_hf import GeneBertForClassification, annotate, embed
+from stformer_hf import CellStore, GeneBertForClassification, annotate, embed
 from stformer_hf.cli import files, main
 from stformer_hf.cli.annotate import summary
 
@@ -108,18 +109,26 @@ def test_the_suffix_says_what_is_written(file, store, model, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_names_that_a_zarr_cannot_hold_are_named_before_the_work(adata, model, tmp_path, capsys, monkeypatch):
+def test_names_that_the_output_cannot_hold_are_named_before_the_work(adata, model, tmp_path, capsys, monkeypatch):
+    """Here those of a store, since anndata writes none from 0.13 on."""
     adata.obs["x/y"] = 1
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    monkeypatch.setattr("stformer_hf.inference.embed.load", None)
-    words = ["--data", str(tmp_path / "a.h5ad"), "--model", model, "--output", str(tmp_path / "out.zarr")]
-    assert main(["embed", *words]) == 1
-    assert "a zarr cannot hold names with a slash, such as obs['x/y']" in capsys.readouterr().err
-    del adata.obs["x/y"]
-    adata.obsm["scores"] = pd.DataFrame({"p/q": range(60)}, index=adata.obs_names)
-    adata.write_h5ad(tmp_path / "a.h5ad")
-    assert main(["embed", *words]) == 1
-    assert "such as obsm['scores']['p/q']" in capsys.readouterr().err
+    CellStore.build(tmp_path / "slashed", adata, obs=["x/y"], report=False)
+    words = ["embed", "--data", str(tmp_path / "slashed"), "--model", model, "--output"]
+    with monkeypatch.context() as patch:
+        patch.setattr("stformer_hf.inference.embed.load", None)
+        assert main([*words, str(tmp_path / "out.zarr")]) == 1
+        assert "out.zarr: zarr cannot hold names with a slash, obs['x/y']. Rename" in capsys.readouterr().err
+        patch.setattr(files, "_OF_ANNDATA_0_13", True)
+        assert main([*words, str(tmp_path / "out.h5ad")]) == 1
+        assert "out.h5ad: h5ad cannot hold names with a slash, obs['x/y']. Rename" in capsys.readouterr().err
+    if not files._OF_ANNDATA_0_13:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            assert main([*words, str(tmp_path / "out.h5ad")]) == 0
+    inner = {"scores": pd.DataFrame({"p/q": range(3)}), "settings": {"a": {"b": 1}}}
+    files.check_names(inner, "obsm", "out.csv")
+    with pytest.raises(ValueError, match=r"a slash, obsm\['scores'\]\['p/q'\]"):
+        files.check_names(inner, "obsm", "out.zarr")
 
 
 def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_path, capsys, monkeypatch):
@@ -133,7 +142,7 @@ def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_pat
     monkeypatch.setattr("stformer_hf.inference.annotate.load", None)
     capsys.readouterr()
     assert main(["annotate", *map(str, words), "--output", str(tmp_path / "out.zarr")]) == 1
-    assert "such as obs['stformer_CD4/CD8']" in capsys.readouterr().err
+    assert "names with a slash, obs['stformer_CD4/CD8']. Write .csv." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("legacy", [False, True])
