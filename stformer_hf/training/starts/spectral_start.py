@@ -19,6 +19,7 @@ from ...models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ...models.gene_bert.whole_cell import CellEmbedding
 from ...sources.open_source import open_source
 from ...store.cell_store import CellStore
+from ..loading import unwrap
 from .spectral_views import SpectralViews, fit_spectral_views
 
 N_COMPONENTS = 50  # per view, the usual number of PCA
@@ -65,6 +66,7 @@ def initialise_from_store(
     See `fit_spectral_views`. The result is deterministic. For two cells whose files measure the same genes, the dot
     product of either half of `[CLS]` is the cosine of their scores on the components.
     """
+    model = unwrap(model)
     embedding = cell_embedding_of(model)
     n_genes, hidden = embedding.genes.weight.shape
     if not getattr(tokenizer, "whole_cell", False) or len(tokenizer.genes) != n_genes:

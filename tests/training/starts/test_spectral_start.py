@@ -174,7 +174,8 @@ def test_a_store_an_anndata_and_other_columns_give_the_same_start(cells):
     weights = []
     for source in (store, adata, unknown):
         model = make_model(tokenizer)
-        initialise_from_store(model, tokenizer, source, n_components=5, batch_key="batch")
+        wrapped = torch.nn.DataParallel(model)
+        initialise_from_store(wrapped, tokenizer, source, n_components=5, batch_key="batch")
         weights.append(model.cell_embedding.state_dict())
     for other in weights[1:]:
         for name, tensor in weights[0].items():
