@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -90,8 +91,10 @@ def _check_names(cells: AnnData | CellStore, output: str) -> None:
     if isinstance(cells, CellStore):
         check_names(cells.obs.columns, "obs", output)
         return
-    for part in ("obs", "var", "obsm", "varm", "obsp", "varp", "layers", "uns"):
+    for part in ("obs", "var", "obsm", "varm", "uns"):
         check_names(getattr(cells, part), part, output)
+    for part in ("obsp", "varp", "layers"):  # from anndata 0.13 on, X is a layer, None
+        check_names([*filter(None, getattr(cells, part))], part, output)
 
 
 def check_names(names: Iterable[str], part: str, output: str, what_to_do: str = "Rename it") -> None:
@@ -172,13 +175,24 @@ def _write_zarr_from_disk(adata: AnnData, path: Path) -> None:
     AnnData().write_zarr(path)  # which shows the format that anndata writes
     settings: dict[str, Any] = {"zarr_format": 3 if (path / "zarr.json").exists() else 2}
     group = zarr.open_group(str(path), mode="w", **({} if version("zarr").startswith("2.") else settings))
-    write_dispatched(group, "/", adata, callback=write_part)
-    zarr.consolidate_metadata(group.store)
+    group.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+    parts: dict[str, Any] = {"obs": adata.obs, "var": adata.var}
+    for name in ("obsm", "varm", "obsp", "varp", "layers", "uns"):
+        mapping = getattr(adata, name)
+        parts[name] = {key: mapping[key] for key in filter(None, mapping)}
+    if "X" in adata.file:  # anndata raises an error if not
+        parts["X"] = adata.X
+    if adata.raw is not None:
+        parts["raw"] = adata.raw
+    for name, part in parts.items():
+        write_dispatched(group, name, part, callback=write_part)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "(?i).*consolidated metadata")  # which anndata writes in format 3, too
+        zarr.consolidate_metadata(group.store)
 
 
 def _copy_matrix(matrix: CSRDataset | CSCDataset | h5py.Dataset, group: Any, name: str) -> None:
     """Copy a matrix to a group of a zarr, by rows, or by columns if it is stored by columns."""
-    chunks: tuple[int, ...] = (_CHUNK,)
     if isinstance(matrix, h5py.Dataset):
         n, width = len(matrix), int(np.prod(matrix.shape[1:]))
         step = max(_CHUNK // max(width, 1), 1)
@@ -188,7 +202,7 @@ def _copy_matrix(matrix: CSRDataset | CSCDataset | h5py.Dataset, group: Any, nam
         return
     by_row = matrix.format == "csr"
     empty = matrix[:0] if by_row else matrix[:, :0]
-    write_elem(group, name, empty, dataset_kwargs={"chunks": chunks, "indptr_dtype": np.dtype(np.int64)})
+    write_elem(group, name, empty, dataset_kwargs={"chunks": (_CHUNK,), "indptr_dtype": np.dtype(np.int64)})
     copy, indptr = sparse_dataset(group[name]), matrix.group["indptr"][:]
     start = 0
     while start < len(indptr) - 1:
