@@ -149,8 +149,9 @@ def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_pat
     ("kind", "legacy"), [("csr", False), ("csr", True), ("csc", False), ("dense", False), ("none", False)]
 )
 def test_matrices_are_copied_to_a_zarr_in_blocks(kind, legacy, adata, model, tmp_path, monkeypatch):
-    """Here of at most 40 values, some rows of which have more; what is written is as if read whole."""
-    monkeypatch.setattr(files, "_CHUNK", 10)
+    """Here of at most 20 values, or one column; what is written is as if read whole."""
+    monkeypatch.setattr(files, "_CHUNK", 20)
+    monkeypatch.setattr(files, "_CHUNKS", 1)
     matrix = adata.X.toarray() if kind == "dense" else adata.X.asformat("csc" if kind == "csc" else "csr")
     adata.X, adata.layers["ints"] = matrix, matrix.astype(np.uint16)
     adata.raw = adata.copy()
