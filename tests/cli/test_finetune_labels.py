@@ -11,6 +11,7 @@ from stformer_hf.cli import main
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 
+FILES = ("json", "csv", "md", "png")
 SHORT = ["--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true", "--use_cpu", "true"]
 
 
@@ -168,3 +169,20 @@ def test_a_classifier_from_random_weights(run):
     code, err, output = run("cell_type", "--held_out", "0", output=output.parent / "started")
     assert code == 0, err
     assert "start" in json.loads((output / "fine_tuning.json").read_text())
+
+
+def test_names_of_paths_are_names_of_columns_and_classes(adata, tmp_path):
+    """No file is named by them: all are in the folders that were asked for."""
+    named = adata.obs["cell_type"].map({"T cell": "T/NK", "B cell": "../B"}).astype(object).fillna("C:\\D")
+    adata.obs["cell/type"], adata.obs["../donor"] = pd.Categorical(named), pd.Categorical(["/d1", "/d2", ".."] * 20)
+    columns = ["cell/type", "../donor"]
+    CellStore.build(tmp_path / "store", adata, obs=columns, report=False)
+    store, output, evaluation = (str(tmp_path / name) for name in ("store", "model", "evaluation"))
+    words = ["--data", store, "--label_key", "cell/type"]
+    assert main(["finetune", *words, "--output", output, "--split_by", "../donor", *SHORT]) == 0
+    assert main(["annotate", "--data", store, "--model", output, "--output", str(tmp_path / "found.csv")]) == 0
+    assert main(["evaluate", *words, "--model", output, "--output", evaluation, "--n_splits", "2"]) == 0
+    assert set(pd.read_csv(tmp_path / "found.csv")["stformer_label"].dropna()) <= set(named)
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "model", "evaluation", "found.csv"}
+    assert {path.name for path in (tmp_path / "evaluation").iterdir()} == {f"evaluation.{of}" for of in FILES}
+    assert (tmp_path / "model" / "confusion.png").exists()
