@@ -1,7 +1,7 @@
 """CellNeighborhood configuration."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -109,7 +109,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         for name in ("n_genes", "n_cell_types", "encoder_layers", "decoder_layers"):
@@ -143,7 +143,7 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             on_init()
 
     @classmethod
-    def from_size(cls, size: str, **kwargs) -> "CellNeighborhoodConfig":
+    def from_size(cls, size: str, **kwargs: Any) -> "CellNeighborhoodConfig":
         """Create a configuration of a named size.
 
         Parameters

@@ -1,7 +1,7 @@
 """Distributions of counts: negative binomial with or without zero inflation, a head for them, Pearson r per cell."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -62,11 +62,11 @@ class _NegativeBinomial(torch.autograd.Function):
         return a_both - a + torch.log(b / b_both) / 2 - factorial * x.clamp(max=1) - deviance
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor]:
         x, log_mean, log_dispersion = ctx.saved_tensors
         mu, theta = _bounded_exp(log_mean), _bounded_exp(log_dispersion)
         away = (x - mu) / (mu + theta)

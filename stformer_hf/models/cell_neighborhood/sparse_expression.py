@@ -1,6 +1,6 @@
 """Expression of cells without its zeros, and a linear layer that reads it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -38,13 +38,13 @@ class _SparseProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+        ctx: Any, table: torch.Tensor, indptr: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(table, indptr, columns, values)
         return _sum_rows(table, indptr, columns, values)
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, torch.Tensor | None]:
         table, indptr, columns, values = ctx.saved_tensors
         rows = _rows_of(indptr, columns)
         ordered, order = columns.sort(stable=True)

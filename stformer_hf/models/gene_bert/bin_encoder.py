@@ -35,7 +35,9 @@ class BinEncoder(CellVocabulary):
         self.first_bin_id, self.gene_types = int(self.expression_ids[0]), settings.genes
 
     @staticmethod
-    def fit(store, genes: list[str], *, bin_edges: Any, n_bins: int, normalize: str | None, medians: Any) -> tuple:
+    def fit(
+        store: Any, genes: list[str], *, bin_edges: Any, n_bins: int, normalize: str | None, medians: Any
+    ) -> tuple[list[str], dict[str, Any]]:
         """Return the genes of a store that have tokens, and the settings that follow from its cells."""
         if isinstance(bin_edges, str):
             bin_edges = _fit_bin_edges(store, bin_edges, n_bins, normalize)
@@ -123,7 +125,8 @@ class Binner:
         self._type = np.min_scalar_type(edges.shape[-1])
         self._tables: dict[np.dtype, np.ndarray] = {}
 
-    def __reduce__(self):  # without the tables: calls must not change the hash by which `datasets` caches
+    def __reduce__(self) -> tuple[type, tuple[np.ndarray]]:
+        # Without the tables: calls must not change the hash by which `datasets` caches.
         return type(self), (self._edges,)
 
     def __call__(self, genes: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -178,7 +181,7 @@ def _edge_array(bin_edges: list[float] | dict[str, list[float]]) -> np.ndarray:
     return edges
 
 
-def _fit_bin_edges(store, how: str, n_bins: int, normalize: str | None) -> list[float] | dict[str, list[float]]:
+def _fit_bin_edges(store: Any, how: str, n_bins: int, normalize: str | None) -> list[float] | dict[str, list[float]]:
     """Compute edges as quantiles of a store's counts; see `GeneTokenizer.from_store`."""
     if how not in ("quantile", "gene_quantile"):
         raise ValueError(f'bin_edges must be numbers, "quantile" or "gene_quantile", got {how!r}.')

@@ -3,7 +3,7 @@
 import itertools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,17 +38,17 @@ class Cells(NamedTuple):
     neighborhood: CountRows | None  # summed counts of each cell's neighbours, over the same columns
 
 
-def is_cell_batch(cells) -> bool:
+def is_cell_batch(cells: Any) -> bool:
     """Return whether `cells` is a batch of `CellStore.__getitems__`: CSR rows with the gene ids of their columns."""
     return hasattr(cells, "indptr") and hasattr(cells, "gene_ids")
 
 
 def read_cells(
-    cells,
+    cells: Any,
     genes: Sequence[str] | tuple[GeneNames, GeneNames] | None,
-    obs,
+    obs: Any,
     layer: str | None,
-    neighborhood,
+    neighborhood: Any,
     own_genes: Sequence[str],
     with_neighborhood: bool,
     fractional: bool = False,
@@ -112,7 +112,7 @@ def read_cells(
     return Cells(rows, names, obs, None, around)
 
 
-def sum_of_neighbors(graph, matrix):
+def sum_of_neighbors(graph: Any, matrix: Any) -> Any:
     """Sum the counts of each cell's neighbours, sparse or dense (n, n_columns) as `matrix`, in a 64-bit type.
 
     Every stored entry of `graph`, a sparse matrix (n, n), is a neighbour, whatever its weight; a cell is not its own
@@ -129,7 +129,7 @@ def sum_of_neighbors(graph, matrix):
     return graph @ _widen(matrix)
 
 
-def csr_rows(matrix) -> CountRows:
+def csr_rows(matrix: Any) -> CountRows:
     """Return the rows of a sparse, dense or backed matrix, with columns ascending and without duplicates."""
     matrix = _in_memory(matrix)
     if hasattr(matrix, "tocsr"):
@@ -146,7 +146,7 @@ def csr_rows(matrix) -> CountRows:
     return CountRows(indptr, columns, dense[rows, columns])
 
 
-def _widen(matrix):
+def _widen(matrix: Any) -> Any:
     """Copy a matrix with values of 64 bits: sums of narrow ones would overflow."""
     return matrix.astype(np.float64 if matrix.dtype.kind == "f" else np.int64)
 
@@ -218,7 +218,7 @@ def pad_ragged(flat: np.ndarray, indptr: np.ndarray, length: int, value: float, 
 # ---------------------------------------------------------------------- where the counts are
 
 
-def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
+def split_features(var: Any, whole_var: Any = None) -> dict[str, np.ndarray] | None:
     """Return the columns of each feature type, a dict to int64 arrays, "Gene Expression" first; None if all are genes.
 
     For raw, which often has no feature types of its own, they are looked up by name in `whole_var`, the var of X.
@@ -233,7 +233,7 @@ def split_features(var, whole_var=None) -> dict[str, np.ndarray] | None:
     return {kind: np.flatnonzero(types == kind) for kind in kinds}
 
 
-def _numbered(names) -> list[tuple[str, int]]:
+def _numbered(names: Iterable[str]) -> list[tuple[str, int]]:
     """Return names with a running number for repeats, such as those of a gene and of its protein's antibody."""
     seen: Counter[Any] = Counter()
     numbered = []
@@ -243,7 +243,7 @@ def _numbered(names) -> list[tuple[str, int]]:
     return numbered
 
 
-def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple:
+def _find_counts(adata: Any, layer: str | None, fractional: bool, name: str) -> tuple[Any, CountRows, Any]:
     """Find the counts of an AnnData in memory by the rule of `choose_counts`: matrix, its rows, and its `var`."""
     found = {}
     for key, holder in (("X", adata), ("raw", getattr(adata, "raw", None))):
@@ -263,7 +263,7 @@ def _find_counts(adata, layer: str | None, fractional: bool, name: str) -> tuple
                 found[kind] = part
         if GENES not in columns:
             del found[key]
-    read: dict[str, tuple] = {}
+    read: dict[str, tuple[Any, CountRows]] = {}
 
     def problem_in(key: str, fractional: bool) -> str | None:
         if key not in read:
@@ -398,7 +398,7 @@ def _require_counts(values: np.ndarray, where: str, fractional: bool) -> None:
         raise ValueError(f"Counts are needed, but {where} holds {problem}.")
 
 
-def _in_memory(matrix):
+def _in_memory(matrix: Any) -> Any:
     return matrix.to_memory() if hasattr(matrix, "to_memory") else matrix
 
 

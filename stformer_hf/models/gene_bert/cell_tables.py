@@ -20,17 +20,17 @@ class CellTable(NamedTuple):
     name: str  # for errors, such as "MuData, modality 'rna'"
 
 
-def is_mudata(cells) -> bool:
+def is_mudata(cells: Any) -> bool:
     """Return whether `cells` is a MuData."""
     return hasattr(cells, "mod") and hasattr(cells, "obsmap")
 
 
-def is_spatialdata(cells) -> bool:
+def is_spatialdata(cells: Any) -> bool:
     """Return whether `cells` is a SpatialData."""
     return hasattr(cells, "tables") and hasattr(cells, "shapes")
 
 
-def find_table(cells, layer: str | None = None) -> CellTable:
+def find_table(cells: Any, layer: str | None = None) -> CellTable:
     """Find the table of an AnnData, MuData or SpatialData that holds the cells; an AnnData is its own table.
 
     The rule, `layer` and the errors are those of `choose_table`.
@@ -112,7 +112,7 @@ def choose_table(
     return found[0], layer
 
 
-def join_obs(obs, shared, modality: str):
+def join_obs(obs: Any, shared: Any, modality: str) -> Any:
     """Add the columns of a MuData's obs (`shared`) to those of a modality, DataFrame (n,), by cell name.
 
     The modality's own columns win over the MuData's copies of them (`rna:n_counts`). Cells that are not in the

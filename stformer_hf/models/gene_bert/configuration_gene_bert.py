@@ -1,7 +1,7 @@
 """GeneBert configuration."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -214,7 +214,7 @@ class GeneBertConfig(PreTrainedConfig):
     eos_token_id: int | None = 1
     tie_word_embeddings: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         if self.hidden_size % self.num_attention_heads:
@@ -285,7 +285,7 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(f"temperature must be positive, one number per label column, got {self.temperature}.")
 
     @classmethod
-    def from_size(cls, size: str, **kwargs) -> "GeneBertConfig":
+    def from_size(cls, size: str, **kwargs: Any) -> "GeneBertConfig":
         """Create a configuration of a named size.
 
         Parameters
@@ -316,7 +316,7 @@ class GeneBertConfig(PreTrainedConfig):
         return cls(**{**fields, **kwargs})
 
     @classmethod
-    def from_tokenizer(cls, tokenizer, size: str = "base", **kwargs) -> "GeneBertConfig":
+    def from_tokenizer(cls, tokenizer: Any, size: str = "base", **kwargs: Any) -> "GeneBertConfig":
         """Create the configuration of a model for a tokenizer.
 
         Parameters

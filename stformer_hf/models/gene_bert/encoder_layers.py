@@ -157,7 +157,7 @@ class SoftBins(nn.Module):
 
 
 def places_in_cells(
-    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device
+    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device: torch.device
 ) -> torch.LongTensor:
     """Return the position of each token in its cell, LongTensor (batch, length).
 
@@ -193,7 +193,7 @@ def put_first(
 
 
 def first_tokens(
-    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device
+    shape: tuple[int, int], attention_mask: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, device: torch.device
 ) -> torch.LongTensor:
     """Return the position of each cell's first token in the flattened batch, LongTensor (n_cells,)."""
     if cu_seq_lens is not None:

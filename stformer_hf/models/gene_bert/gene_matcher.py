@@ -125,7 +125,15 @@ class GeneMatcher:
         self._last = (names.key, how, mapped)
         return mapped
 
-    def _measure(self, mapped, names, columns, counts, limits: tuple[float, float], is_new: bool) -> None:
+    def _measure(
+        self,
+        mapped: np.ndarray | None,
+        names: ColumnNames | SharedNames,
+        columns: np.ndarray,
+        counts: np.ndarray,
+        limits: tuple[float, float],
+        is_new: bool,
+    ) -> None:
         n_columns = len(names)
         known = np.ones(n_columns, bool) if mapped is None else mapped >= 0
         self._all_counts += float(counts.sum(dtype=np.float64))

@@ -72,13 +72,18 @@ class GeneBertMLMHead(nn.Module):
         return self.layer_norm(self.activation(self.transform(hidden_states)))
 
     def fused_loss(
-        self, hidden_states: torch.Tensor, labels: torch.LongTensor, token_types: torch.LongTensor, *args
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.LongTensor,
+        token_types: torch.LongTensor,
+        config: GeneBertConfig,
+        num_items_in_batch: torch.Tensor | int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `masked_lm_loss` does, for hidden states (k, hidden) in place of their logits."""
         assert self.fused_cross_entropy is not None
         states, decoder, labels = self.before_decoder(hidden_states), self.decoder, labels.to(hidden_states.device)
         nll, predicted = self.fused_cross_entropy(states, decoder.weight, labels, decoder.bias)
-        return weighted_loss(nll, nll, predicted, labels, token_types, *args)
+        return weighted_loss(nll, nll, predicted, labels, token_types, config, num_items_in_batch)
 
 
 class PreClassifier(nn.Module):

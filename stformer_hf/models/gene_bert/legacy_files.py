@@ -28,14 +28,14 @@ class _Dtype:
 
     __slots__ = ("numpy",)
 
-    def __init__(self, code, *_):
+    def __init__(self, code: object, *_: object):
         if not (isinstance(code, str) and _PLAIN_TYPE.fullmatch(code)):
             raise pickle.UnpicklingError(
                 f"it holds numpy data of type {code!r}, but only numbers and strings are loaded"
             )
         self.numpy = np.dtype(code)
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         if state[1] in ("<", ">"):
             self.numpy = self.numpy.newbyteorder(state[1])
 
@@ -45,10 +45,10 @@ class _Array:
 
     __slots__ = ("numpy",)
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.numpy = np.empty(0)
 
-    def __setstate__(self, state) -> None:
+    def __setstate__(self, state: Any) -> None:
         _, shape, dtype, by_columns, data = state
         self.numpy = _from_bytes(data, dtype, shape, "F" if by_columns else "C")
 
@@ -58,7 +58,7 @@ def _stand_in(function: Callable) -> Any:
     return type("_StandIn", (), {"__slots__": (), "__call__": staticmethod(function)})()
 
 
-def _from_bytes(data, dtype, shape, order: Literal["C", "F"]) -> np.ndarray:
+def _from_bytes(data: object, dtype: object, shape: tuple[int, ...], order: Literal["C", "F"]) -> np.ndarray:
     if not (isinstance(dtype, _Dtype) and isinstance(data, (bytes, bytearray))):
         raise pickle.UnpicklingError("it holds numpy data that are not plain bytes")
     return np.frombuffer(bytes(data), dtype.numpy).reshape(shape, order=order).copy()

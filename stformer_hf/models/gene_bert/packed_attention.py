@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
-from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.masking_utils import BlockMask, create_bidirectional_mask, packed_sequence_mask_function
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -20,7 +21,12 @@ def segments_of(cu_seq_lens: torch.Tensor, length: int) -> torch.Tensor:
     return torch.searchsorted(cu_seq_lens[1:].contiguous(), at, right=True).to(torch.int32)[None]
 
 
-def check_packing(shape: torch.Size, attention_mask, cu_seq_lens: torch.Tensor | None, kwargs: Mapping) -> None:
+def check_packing(
+    shape: torch.Size,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    kwargs: Mapping[str, Any],
+) -> None:
     """Raise ValueError for packing arguments of a forward pass that do not fit its tokens, of this shape.
 
     There must be one row, without an attention mask, and all of the packing arguments. On a CPU, lengths must add up
@@ -58,7 +64,7 @@ def packing_of(cu_seq_lens: torch.Tensor, kwargs: Mapping) -> dict:
     return {**given, "cu_seq_lens_q": cu_seq_lens, "cu_seq_lens_k": cu_seq_lens if other is None else other}
 
 
-def takes_boundaries(config, states: torch.Tensor, dropout: float = 0.0) -> bool:
+def takes_boundaries(config: PreTrainedConfig, states: torch.Tensor, dropout: float = 0.0) -> bool:
     """Return whether attention separates the cells of a packed batch by their boundaries: in one call, without a mask.
 
     Flash attention does, and sdpa where `torch.nn.attention.varlen` works: on a GPU, in half precision.
@@ -67,7 +73,9 @@ def takes_boundaries(config, states: torch.Tensor, dropout: float = 0.0) -> bool
     return "flash" in backend or (backend == "sdpa" and _varlen_serves(states, dropout))
 
 
-def lengths_for(config, states: torch.Tensor, cu_seq_lens: torch.Tensor, training: bool) -> dict[str, list[int]]:
+def lengths_for(
+    config: PreTrainedConfig, states: torch.Tensor, cu_seq_lens: torch.Tensor, training: bool
+) -> dict[str, list[int]]:
     """Return the lengths of the cells if attention runs one call per cell: read once, not in each layer."""
     dropout = config.attention_probs_dropout_prob if training else 0.0
     of_cells = config._attn_implementation == "sdpa" and not takes_boundaries(config, states, dropout)
@@ -76,7 +84,9 @@ def lengths_for(config, states: torch.Tensor, cu_seq_lens: torch.Tensor, trainin
     return {"cell_lengths": cu_seq_lens.diff().tolist()}
 
 
-def packed_mask(config, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor):
+def packed_mask(
+    config: PreTrainedConfig, hidden_states: torch.Tensor, cu_seq_lens: torch.Tensor
+) -> torch.Tensor | BlockMask | None:
     """Return the mask that separates the cells; None for backends that take the boundaries of cells.
 
     Raises a ValueError if the backend would mix the cells.
@@ -115,7 +125,7 @@ def packed_sdpa_attention_forward(
     attention_mask: None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend within each cell of a packed row.
 

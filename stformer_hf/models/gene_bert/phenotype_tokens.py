@@ -35,7 +35,7 @@ def name_phenotypes(phenotypes: Mapping[str, Sequence[str]], taken: Iterable[str
     return names
 
 
-def values_in_store(store, categories: Sequence[str]) -> dict[str, list[str]]:
+def values_in_store(store: Any, categories: Sequence[str]) -> dict[str, list[str]]:
     """Return the values of categorical obs columns of a store, in order; for a selection those of its cells only."""
     missing = [name for name in categories if name not in store.categories]
     if missing:
@@ -57,7 +57,7 @@ def phenotype_ids(obs: Any, category: str, ids: Mapping[str, int], n_cells: int)
     `obs` is a CellBatch, a DataFrame, a dict of columns or None; `ids` has the id of the token of each value.
     """
 
-    def find(value) -> int:
+    def find(value: Any) -> int:
         if _is_missing(value):
             return -1
         found = ids.get(phenotype_token(str(value)), -1)
@@ -84,7 +84,7 @@ def _exact(values: Sequence) -> Sequence | np.ndarray:
     return array if array.dtype.kind == "f" else values
 
 
-def _is_missing(value) -> bool:
+def _is_missing(value: Any) -> bool:
     try:
         return value is None or bool(value != value)
     except TypeError:  # pandas.NA

@@ -5,12 +5,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 from transformers.pipelines import Pipeline
 
 from .heads import default_pooling, label_columns_of, output_names, pool, problem_of
 from .tokenized_cells import TokenizedCells, take
 
 _BATCH_SIZE = 64
+
+_Parameters = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # of preprocess, _forward and postprocess
 
 
 class _CellPipeline(Pipeline):
@@ -20,11 +23,11 @@ class _CellPipeline(Pipeline):
     _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     _reads_phenotypes = False
 
-    def __call__(self, cells: Any, *, batch_size: int | None = None, **kwargs) -> Any:
+    def __call__(self, cells: Any, *, batch_size: int | None = None, **kwargs: Any) -> Any:
         """Read cells: see the class."""
         return super().__call__(cells, cells_per_batch=batch_size or self._batch_size or _BATCH_SIZE, **kwargs)
 
-    def _sanitize_parameters(self, **of_cells) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(self, **of_cells: Any) -> _Parameters:
         wrong = set(of_cells) - {"cells_per_batch", "layer", "fractional"}
         if wrong:
             raise TypeError(f"The pipeline has no option {', '.join(sorted(wrong))}.")
@@ -48,7 +51,7 @@ class _CellPipeline(Pipeline):
             padded = self.tokenizer.pad_tokens(take(tokens, rows))
             yield rows, {name: torch.from_numpy(array) for name, array in padded.items()}
 
-    def _forward(self, model_inputs: dict[str, Any], **options) -> dict[str, Any]:
+    def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
         results: torch.Tensor | None = None
         n_genes = model_inputs["n_genes"]
         for rows, batch in model_inputs["batches"]:
@@ -72,7 +75,7 @@ class CellEmbeddingPipeline(_CellPipeline):
     are masked. `layer`, `fractional` and `batch_size` (64) are those of the tokenizer, and cells per batch.
     """
 
-    def _sanitize_parameters(self, pooling: str | None = None, **of_cells) -> tuple:
+    def _sanitize_parameters(self, pooling: str | None = None, **of_cells: Any) -> _Parameters:
         return super()._sanitize_parameters(**of_cells)[0], {} if pooling is None else {"pooling": pooling}, {}
 
     def _read(self, batch: dict[str, torch.Tensor], pooling: str | None = None) -> torch.Tensor:
@@ -100,7 +103,7 @@ class CellClassificationPipeline(_CellPipeline):
 
     _reads_phenotypes = True
 
-    def __init__(self, model: Any, *args, **kwargs):
+    def __init__(self, model: PreTrainedModel, *args: Any, **kwargs: Any):
         names = [str(name) for name in model.config.id2label.values()]
         if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -114,7 +117,7 @@ class CellClassificationPipeline(_CellPipeline):
             )
         super().__init__(model, *args, **kwargs)
 
-    def _sanitize_parameters(self, top_k: int | None = None, **of_cells) -> tuple:
+    def _sanitize_parameters(self, top_k: int | None = None, **of_cells: Any) -> _Parameters:
         return super()._sanitize_parameters(**of_cells)[0], {}, {} if top_k is None else {"top_k": top_k}
 
     def _read(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What all GeneBert models share: configuration, initialisation, and the backend of their attention."""
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,7 @@ class GeneBertPreTrainedModel(PreTrainedModel):
         self.base_model.embeddings.position_embeddings = new
         self.config.max_position_embeddings = new_num_position_embeddings
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         if attn_implementation == "auto":
             dtype, dropout = self.config.dtype or torch.get_default_dtype(), self.config.attention_probs_dropout_prob
             attn_implementation, reason = best_attention(dtype, dropout)

@@ -62,7 +62,14 @@ def happens(
     return drawn < np.uint64(math.ceil(share * 2**53) << 11)
 
 
-def _draw(seed, epoch, stream, sample_ids, counters, samples) -> np.ndarray:
+def _draw(
+    seed: int,
+    epoch: int,
+    stream: int,
+    sample_ids: np.ndarray,
+    counters: np.ndarray | int,
+    samples: np.ndarray | None,
+) -> np.ndarray:
     """Return 64 random bits per element."""
     key = mix(_key_of(int(seed), int(epoch), int(stream)) ^ np.asarray(sample_ids).astype(np.uint64))
     if samples is not None:

@@ -43,7 +43,9 @@ class RankEncoder(CellVocabulary):
         self._gene_of_id[self.expression_ids] = np.arange(len(settings.genes))
 
     @staticmethod
-    def fit(store, genes: list[str], *, medians: Any, bin_edges: Any, **others) -> tuple:
+    def fit(
+        store: Any, genes: list[str], *, medians: Any, bin_edges: Any, **others: Any
+    ) -> tuple[list[str], dict[str, Any]]:
         """Return the genes of a store that have tokens, and the settings that follow from its cells."""
         medians, target_sum = read_medians(medians)
         values = _check_medians(medians, genes)

@@ -27,7 +27,7 @@ _ENCODERS: dict[str, type[BinEncoder] | type[RankEncoder]] = {"binned": BinEncod
 class _Logged(set):
     """Warnings already logged; not pickled, so that calls do not change the hash by which `datasets` caches."""
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
         return type(self), ()
 
 
@@ -166,7 +166,7 @@ class GeneTokenizer(VocabularyTokenizer):
         special_tokens: Mapping[str, str] | None = None,
         token_ids: Mapping[str, int] | None = None,
         vocab_file: str | os.PathLike | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         given = locals().copy()
         given = {name: given[name] for name in (*OF_MEANING, *OF_READING)}
@@ -183,7 +183,7 @@ class GeneTokenizer(VocabularyTokenizer):
     @classmethod
     def from_store(
         cls,
-        store,
+        store: Any,
         scheme: str = "binned",
         *,
         phenotypes: Sequence[str] | Mapping | None = None,
@@ -191,7 +191,7 @@ class GeneTokenizer(VocabularyTokenizer):
         n_bins: int = 10,
         medians: Any = None,
         genes: Sequence[str] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "GeneTokenizer":
         """Create a tokenizer for the genes, and the chosen phenotypes, of a store.
 
@@ -244,7 +244,7 @@ class GeneTokenizer(VocabularyTokenizer):
         medians: Any,
         *,
         symbols: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> "GeneTokenizer":
         """Create a rank tokenizer from the vocabulary of STFormer or Geneformer, with the same genes and ids.
 
@@ -286,7 +286,7 @@ class GeneTokenizer(VocabularyTokenizer):
         vocabulary: Mapping[str, Sequence[str]] | str | os.PathLike,
         bin_edges: Sequence[float] | Mapping[str, Sequence[float]],
         genes: Sequence[str],
-        **kwargs,
+        **kwargs: Any,
     ) -> "GeneTokenizer":
         """Create a binned tokenizer from PerturbGene's vocabulary, with the same ids and types.
 
@@ -323,13 +323,13 @@ class GeneTokenizer(VocabularyTokenizer):
 
     def __call__(
         self,
-        cells,
+        cells: Any,
         *,
         genes: Sequence[str] | None = None,
-        obs=None,
+        obs: Any = None,
         layer: str | None = None,
         fractional: bool = False,
-        neighborhood=None,
+        neighborhood: Any = None,
         padding: bool | str = False,
         truncation: bool | str = True,
         max_length: int | None = None,
@@ -420,13 +420,13 @@ class GeneTokenizer(VocabularyTokenizer):
 
     def encode_cells(
         self,
-        cells,
+        cells: Any,
         *,
         genes: Sequence[str] | tuple[Sequence[str] | np.ndarray, Sequence[str] | np.ndarray] | None = None,
-        obs=None,
+        obs: Any = None,
         layer: str | None = None,
         fractional: bool = False,
-        neighborhood=None,
+        neighborhood: Any = None,
         max_length: int | None = None,
         epoch: int = 0,
         for_inference: bool = False,
@@ -449,7 +449,7 @@ class GeneTokenizer(VocabularyTokenizer):
         tokens = self.encoder.encode(cells, column_genes, layout, truncation)
         return with_whole_cells(tokens, cells, column_genes, len(self.genes)) if self.whole_cell else tokens
 
-    def _layout(self, obs, n_cells: int, for_inference: bool) -> CellLayout:
+    def _layout(self, obs: Any, n_cells: int, for_inference: bool) -> CellLayout:
         """Return the tokens around the genes of cells, with their phenotypes, or `[MASK]` in place of each."""
         categories = list(self.phenotypes)
         shape = (n_cells, len(self._included_phenotypes))
@@ -481,7 +481,7 @@ class GeneTokenizer(VocabularyTokenizer):
                 f"{len(self._included_phenotypes)} phenotypes and {n_parts} genes need {needed}."
             )
 
-    def tokenize_store(self, store, path: str | os.PathLike, **kwargs) -> Any:
+    def tokenize_store(self, store: Any, path: str | os.PathLike, **kwargs: Any) -> Any:
         """Write the tokens of all cells of a store as a Hugging Face dataset: `store.tokenize(self, path, **kwargs)`.
 
         Pass `store.with_neighborhoods()` if the tokenizer adds neighbourhoods.

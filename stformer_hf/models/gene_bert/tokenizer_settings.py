@@ -62,7 +62,7 @@ class TokenizerSettings:
     special_tokens: Mapping[str, str]
     token_ids: Mapping[str, int] | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.scheme = self.scheme or "binned"
         self.genes = _check_genes(self.genes)
         if self.scheme not in _ONLY_OF:
@@ -175,7 +175,7 @@ def _check_gene_weights(weights: Any, genes: Sequence[str]) -> np.ndarray | None
     return values if values.any() else None
 
 
-def fit_gene_weights(store) -> np.ndarray:
+def fit_gene_weights(store: Any) -> np.ndarray:
     """Count the cells of a store, at most 10,000 evenly spread, that express each gene: int64 array (n_genes,)."""
     expressed = np.zeros(len(store.gene_ids), np.int64)
     for some in blocks_of_cells(store):
@@ -183,7 +183,7 @@ def fit_gene_weights(store) -> np.ndarray:
     return expressed
 
 
-def blocks_of_cells(store) -> list[np.ndarray]:
+def blocks_of_cells(store: Any) -> list[np.ndarray]:
     """Choose at most 10,000 cells of a store, evenly spread, in blocks of at most 1,000 row numbers."""
     cells = np.unique(np.linspace(0, len(store) - 1, min(len(store), _CELLS_TO_FIT)).astype(np.int64))
     return np.array_split(cells, -(-len(cells) // 1000) or 1)

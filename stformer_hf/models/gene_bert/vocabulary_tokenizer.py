@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from .tokenizer_settings import FORMAT_VERSION, OF_MEANING, OF_READING, Tokenize
 
 VOCAB_FILES_NAMES = {"vocab_file": "gene_vocabulary.json"}
 
+_Ids = TypeVar("_Ids", list[int], np.ndarray, torch.Tensor)
+
 
 class VocabularyTokenizer(PreTrainedTokenizer):
     """A tokenizer with the vocabulary of an encoder; cells may be written as text, such as `[CLS] TP53 MYC [EOS]`."""
@@ -30,7 +32,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
     model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     padding_side = "right"
 
-    def __init__(self, settings: TokenizerSettings, encoder: BinEncoder | RankEncoder, **kwargs):
+    def __init__(self, settings: TokenizerSettings, encoder: BinEncoder | RankEncoder, **kwargs: Any):
         self.encoder = encoder
         for name in OF_READING:
             setattr(self, name, getattr(settings, name))
@@ -124,7 +126,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         """Return the vocabulary as a dict of token to id."""
         return {**self.encoder.ids, **self._added_tokens_encoder}
 
-    def _tokenize(self, text: str, **kwargs) -> list[str]:
+    def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         return text.split()
 
     def _convert_token_to_id(self, token: str) -> int | None:
@@ -159,7 +161,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ cells as text
 
-    def build_inputs_with_special_tokens(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
+    def build_inputs_with_special_tokens(self, token_ids_0: Iterable[int], token_ids_1: None = None) -> list[int]:
         """Return the ids between `[CLS]` and `[EOS]`."""
         return [self.cls_token_id] * self.add_cls + [*token_ids_0] + [self.eos_token_id] * self.add_eos
 
@@ -175,7 +177,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         *,
         return_tensors: str | None = None,
         prepend_batch_axis: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> BatchEncoding:
         """Prepare the tokens of a ranked cell as any tokenizer does, with the token types that its counts would get.
 
@@ -202,7 +204,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         separator = None if self.separator is None else self.sep_token_id
         return encoder.types_of_text(input_ids, self.mask_token_id, separator, self._included_phenotypes)
 
-    def pad(self, encoded_inputs, *args, **kwargs) -> BatchEncoding:
+    def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
         """Pad as any tokenizer does; refuse `expression_values`, which transformers' collators do not pad or mask."""
         first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
         found = [name for name in ("expression_values", "cell_counts") if name in first]
@@ -214,7 +216,9 @@ class VocabularyTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ masks
 
-    def get_special_tokens_mask(self, token_ids_0, token_ids_1=None, already_has_special_tokens: bool = False):
+    def get_special_tokens_mask(
+        self, token_ids_0: _Ids, token_ids_1: None = None, already_has_special_tokens: bool = False
+    ) -> _Ids | list[int]:
         """Return a mask of the special tokens.
 
         Parameters
@@ -228,23 +232,23 @@ class VocabularyTokenizer(PreTrainedTokenizer):
 
         Returns
         -------
-        Same kind as `token_ids_0`
+        Same kind as `token_ids_0`, or a list if `[CLS]` and `[EOS]` are added
             1 for `[CLS]`, `[EOS]`, `[MASK]`, `[PAD]` and `[SEP]`, else 0; booleans for arrays and tensors.
         """
         if token_ids_1 is not None:
             raise ValueError("A cell is one sequence: token_ids_1 must be None.")
-        if not already_has_special_tokens:
-            token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0)
-        return _among(token_ids_0, self.encoder.special_ids)
+        if already_has_special_tokens:
+            return _among(token_ids_0, self.encoder.special_ids)
+        return _among(self.build_inputs_with_special_tokens(token_ids_0), self.encoder.special_ids)
 
-    def get_phenotypic_tokens_mask(self, input_ids):
+    def get_phenotypic_tokens_mask(self, input_ids: _Ids) -> _Ids:
         """Return 1 (or True) for ids of phenotype values, as the type of `input_ids` (list, array, Tensor).
 
         A masked phenotype is a special token; its token type still shows the category.
         """
         return _among(input_ids, self.encoder.all_phenotype_ids)
 
-    def get_gene_tokens_mask(self, input_ids):
+    def get_gene_tokens_mask(self, input_ids: _Ids) -> _Ids:
         """Return 1 (or True) for ids of expression bins or genes, as the type of `input_ids` (list, array, Tensor)."""
         return _among(input_ids, self.encoder.expression_ids)
 
@@ -368,7 +372,7 @@ for _name in OF_MEANING:
     setattr(VocabularyTokenizer, _name, property(attrgetter(f"encoder.settings.{_name}")))
 
 
-def _among(ids, wanted: np.ndarray):
+def _among(ids: _Ids, wanted: np.ndarray) -> _Ids:
     """Return whether each id is wanted, as the type of `ids`: a list of 0 and 1, or booleans."""
     if isinstance(ids, (list, tuple)):
         return _among(np.asarray(ids, np.int64), wanted).astype(int).tolist()

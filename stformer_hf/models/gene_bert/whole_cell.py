@@ -1,5 +1,6 @@
 """The whole cell as one vector: sums over all of its genes, not only the tokens, in two views of its counts."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ class GeneStatistics(nn.Module):
         self.register_buffer("means", torch.zeros(2, config.num_genes))
         self.register_buffer("n_cells", torch.tensor(torch.inf))
 
-    def _apply(self, fn, recurse: bool = True) -> "GeneStatistics":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "GeneStatistics":
         """Apply `fn` but keep float32: in half precision the share of rare genes would become 0."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
