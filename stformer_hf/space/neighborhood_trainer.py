@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..batches.parts import as_selection, bases
 from ..models.cell_neighborhood.count_likelihoods import pearson_r
@@ -87,8 +90,12 @@ class NeighborhoodTrainer(CellTrainer):
         return inputs if rows is None else {**inputs, "loss_mask": ~rows.to(self.args.device)}
 
     def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the loss as Trainer does, and keep Pearson's r of masked cells during an evaluation."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if not model.training and "expected_counts" in outputs and "masked_expression" in inputs:
@@ -96,7 +103,9 @@ class NeighborhoodTrainer(CellTrainer):
             self._pearson_r.append(self.accelerator.gather_for_metrics(r).cpu().numpy())
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with `pearson_r`, and the baselines if they are requested."""
         self._pearson_r = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

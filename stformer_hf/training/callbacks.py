@@ -8,10 +8,11 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,9 @@ class SetEpoch(TrainerCallback):
     def __init__(self, of: Any):
         self.of = of
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Set the epoch; after a resumption `state.epoch` is a fraction within the current epoch."""
         self.of.set_epoch(math.floor(state.epoch + 1e-9))
 
@@ -49,21 +52,25 @@ class SaveOnSignal(TrainerCallback):
         self._handlers: dict[signal.Signals, Any] = {}
         self._sent: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Install the handlers, in the main thread only; a trial of a search saves nothing, and keeps the defaults."""
         self._came = self._sent = self.trainer.interrupted = None
         if threading.current_thread() is threading.main_thread() and self.trainer.hp_search_backend is None:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers.setdefault(number, signal.signal(number, self._come))
 
-    def _come(self, number: int, _) -> None:
+    def _come(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
             if self._came is not None:
                 raise KeyboardInterrupt
             logger.warning("Saving a checkpoint after this step. Press Ctrl-C again to stop without one.")
         self._came = signal.Signals(number)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Stop all processes after the same step, whichever of them received the signal.
 
         Multiple processes stop one step later: they exchange signals in one step and read them in the next, so that
@@ -109,7 +116,9 @@ class FillHubFolder(TrainerCallback):
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
-    def on_push_begin(self, args, state, control, **kwargs):
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Copy the code from the checkpoint, if there is one, and write the card."""
         if self.trainer.is_world_process_zero():
             for code in (Path(args.output_dir) / f"checkpoint-{state.global_step}").glob("*.py"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
-from transformers import TrainingArguments
-from transformers.trainer_utils import seed_worker
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import BestRun, seed_worker
 
 from ..batches.collate import CellCollator
-from ..batches.draws import WeightedDraw, check_sampling
-from ..batches.empty_cells import have_counts, without_empty_cells
+from ..batches.draws import WeightedDraw
+from ..batches.empty_cells import sampling_of_full_cells, without_empty_cells
 from ..batches.length_sampler import EvenBatchSampler, LengthGroupedSampler, known_lengths
 from ..batches.lengths import load_example_lengths
 from ..batches.parts import as_selection, as_token_rows, bases, gather
@@ -108,7 +108,7 @@ class CellTrainer(ResumableTrainer):
         lengths: Any = None,
         max_tokens_per_batch: int | None = None,
         sampling: Mapping[str, Any] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: without_empty_cells(dataset) for name, dataset in eval_dataset.items()}
@@ -118,7 +118,7 @@ class CellTrainer(ResumableTrainer):
         self._stream: StreamBatches | None = None
         self._lengths = load_example_lengths(lengths) if isinstance(lengths, (str, Path)) else lengths
         self.max_tokens_per_batch = max_tokens_per_batch
-        self.sampling = _sampling_of(sampling, train_dataset)
+        self.sampling = sampling_of_full_cells(sampling, train_dataset)
         self._drawn: tuple[Any, WeightedDraw] | None = None  # the dataset, and the draw of its rows
         if isinstance(model, torch.nn.DataParallel):
             model = model.module  # which is checked; Trainer wraps it itself for several GPUs
@@ -273,7 +273,13 @@ class CellTrainer(ResumableTrainer):
         return np.minimum(dataset.lengths + others, tokenizer.max_length)
 
     def _get_dataloader(
-        self, dataset, description, batch_size, sampler_fn=None, is_training: bool = False, dataloader_key=None
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Sampler] | None = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
     ) -> DataLoader:
         if is_training:
             return self._get_training_batches(dataset, batch_size)
@@ -351,7 +357,7 @@ class CellTrainer(ResumableTrainer):
         )
         return self.accelerator.prepare(loader)
 
-    def _prepare_inputs(self, inputs):
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Prepare inputs as Trainer does; counts keep their dtype even if DeepSpeed casts to half precision."""
         names = ("masked_expression", "observed_expression", "observed_values", "cell_counts")
         counts = {name: inputs[name] for name in names if name in inputs}
@@ -360,7 +366,9 @@ class CellTrainer(ResumableTrainer):
         others = super()._prepare_inputs({name: value for name, value in inputs.items() if name not in counts})
         return {**{name: value.to(self.args.device) for name, value in counts.items()}, **others}
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Draw batches as Trainer does, and record where in a stream the next batch begins."""
         for batch in (drawn := super().get_batch_samples(epoch_iterator, num_batches, device))[0]:
             mark = batch.pop("stream_mark", None)
@@ -376,7 +384,7 @@ class CellTrainer(ResumableTrainer):
         if self._stream is not None:
             self._stream.mark = self._stream_mark  # for a worker that starts now
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """Make the model of a trial as Trainer does, and check it as the first one."""
         model = super().call_model_init(trial)
         if getattr(self, "_eval_collator", None) is not None:  # not yet set when the trainer is made
@@ -391,9 +399,9 @@ class CellTrainer(ResumableTrainer):
         compute_objective: Callable[[dict[str, float]], float] | None = None,
         n_trials: int = 20,
         direction: str | list[str] | None = None,
-        *args,
-        **kwargs,
-    ):
+        *args: Any,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
         """Search hyperparameters as Trainer does; the default objective is `args.metric_for_best_model`, or the loss.
 
         Trainer's own default is the sum of all metrics, losses and accuracies alike. The default direction follows
@@ -455,7 +463,15 @@ class CellTrainer(ResumableTrainer):
         return describe_cells(self.train_dataset)
 
     def create_model_card(
-        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, *, dataset_tags=None, **_
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        *,
+        dataset_tags: str | list[str] | None = None,
+        **_: Any,
     ) -> None:
         """Write this package's card (`write_model_card`) into `output_dir`; an edited card is kept.
 
@@ -483,16 +499,3 @@ class CellTrainer(ResumableTrainer):
             **{name: value for name, value in given.items() if value},
         }
         write_model_card(self.args.output_dir, model=model, tokenizer=self.processing_class, trainer=self, **facts)
-
-
-def _sampling_of(sampling: Mapping[str, Any] | None, dataset: Any) -> dict[str, Any] | None:
-    """Check the names of `sampling`; an array of weights loses those of the cells without counts, as the cells do."""
-    if sampling is None:
-        return None
-    check_sampling(sampling)
-    weights = sampling.get("weights")
-    if weights is None or isinstance(weights, str) or not hasattr(dataset, "__len__"):
-        return dict(sampling)
-    if len(weights) != len(dataset):
-        raise ValueError(f"sampling: {len(weights)} weights for {len(dataset)} rows: one is needed for each.")
-    return {**sampling, "weights": np.asarray(weights)[have_counts(as_selection(dataset))]}

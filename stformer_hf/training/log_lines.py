@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from torch.utils.data import DataLoader
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 logger = logging.getLogger(__name__)
@@ -32,23 +34,41 @@ class LogLines(ProgressCallback):
     (`disable_tqdm`) the lines are printed.
     """
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Open the bar, and start the clock."""
         self._start, self._first_step, self.current_step = time.monotonic(), state.global_step, state.global_step
         if state.max_steps and not args.disable_tqdm:  # a classifier may be left at its start
             super().on_train_begin(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Advance the bar."""
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: DataLoader | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Advance the bar of an evaluation."""
         if not args.disable_tqdm:
             super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write a line."""
         if not state.is_world_process_zero or not logs or ("train_loss" in logs and not state.global_step):
             return  # no step was taken
@@ -61,7 +81,9 @@ class LogLines(ProgressCallback):
         bar = self.prediction_bar if self.training_bar is None else self.training_bar
         bar.write(line) if bar is not None else print(line, flush=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the bar."""
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)

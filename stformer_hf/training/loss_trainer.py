@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..evaluation.metrics import preprocess_logits_for_metrics, preprocess_logits_with_nll
 from ..models.gene_bert.configuration_gene_bert import IGNORE
@@ -22,16 +25,22 @@ class LossTrainer(MeasuredTrainer):
     # False for objectives that compare cells, whose loss is a mean over batches.
     _loss_is_a_mean_over_labels = True
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         # Sums over batches since the last log, by name: those of training (True), and of an evaluation (False).
         self._sums: dict[bool, dict[str, torch.Tensor]] = {True: {}, False: {}}
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         self._sums[True] = {}  # forget an attempt that ran out of memory (auto_find_batch_size)
         return super()._prepare_for_training(*args, **kwargs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the loss as Trainer does, add up its parts, and smooth labels in the model.
 
         Trainer's own smoothing ignores class weights and loss weights, and takes the labels from the model.
@@ -62,7 +71,13 @@ class LossTrainer(MeasuredTrainer):
             setattr(config, field, before)
             self.label_smoother = smoother
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Predict as Trainer does; cells that fill the last batch of multiple processes have no labels.
 
         MLM logits that are not gathered cover only the labelled positions.
@@ -105,13 +120,15 @@ class LossTrainer(MeasuredTrainer):
                 means[f"{prefix}{name}_accuracy"] = n_right / n_labels
         return means | {prefix + name: total / n for name, (total, n) in rows.items() if n}
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the training losses of the classes of tokens."""
         if "loss" in logs:
             logs = {**logs, **self._means(True)}
         super().log(logs, *args, **kwargs)
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """Evaluate as Trainer does; the loss is the mean over all labels, and each class of tokens has its own."""
         self._sums[False] = {}
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)

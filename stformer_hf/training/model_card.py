@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCardData
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .. import __version__
 from ..genes.whole_files import whole_file
@@ -39,7 +40,7 @@ _METRIC_TYPES = {"macro_f1": "f1"}  # the Hub's names, where they differ
 def write_model_card(
     folder: str | Path,
     *,
-    model,
+    model: Any,
     tokenizer: GeneTokenizer | None = None,
     store: CellStore | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -198,7 +199,7 @@ def _template() -> Any:
 # ---------------------------------------------------------------------- the model
 
 
-def _kind(model) -> str:
+def _kind(model: PreTrainedModel) -> str:
     name = type(model).__name__
     if "TokenClassification" in name:
         return "genes"
@@ -209,7 +210,7 @@ def _kind(model) -> str:
     return "masked" if "MLM" in name or "MaskedLM" in name else "encoder"
 
 
-def _shape(config) -> str:
+def _shape(config: PreTrainedConfig) -> str:
     parts = {"num_hidden_layers": "{} layers", "num_attention_heads": "{} heads", "hidden_size": "hidden size {}"}
     if hasattr(config, "decoder_layers"):
         parts["num_hidden_layers"] = f"{{}} encoder and {config.decoder_layers} decoder layers"

@@ -7,9 +7,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..batches.samplers import SameSourceSampler
 from ..models.gene_bert.configuration_gene_bert import IGNORE
@@ -78,7 +81,7 @@ class ObjectiveTrainer(CellTrainer):
         ema: float | None = None,
         model: PreTrainedModel | None = None,
         data_collator: Any = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.objectives = check_objectives(objectives)
         self._trains_cls = any(name != "mlm" for name in self.objectives)
@@ -117,7 +120,7 @@ class ObjectiveTrainer(CellTrainer):
         if "decode" in self.objectives:
             add_decoder(model)
 
-    def call_model_init(self, trial=None):
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         """Make the model of a trial as CellTrainer does, and prepare it for the objectives."""
         model = super().call_model_init(trial)
         if self._trains_cls:
@@ -155,7 +158,7 @@ class ObjectiveTrainer(CellTrainer):
 
     # ------------------------------------------------------------------ batches
 
-    def get_train_sampler(self):
+    def get_train_sampler(self) -> Sampler | None:
         """Return the sampler of CellTrainer; for objectives on `[CLS]`, in a random order, a SameSourceSampler."""
         dataset = self.train_dataset
         in_random_order = self.max_tokens_per_batch is None and self.args.train_sampling_strategy == "random"
@@ -164,7 +167,7 @@ class ObjectiveTrainer(CellTrainer):
         sources = sources_of(dataset, self.batch_key)
         return SameSourceSampler(sources, self._train_batch_size, self.seed_of_order, draw=self._draw(dataset))
 
-    def _n_tokens(self, dataset: Any):
+    def _n_tokens(self, dataset: Any) -> np.ndarray:
         """Return the number of tokens of each row; two views have at most twice those of a cell."""
         return super()._n_tokens(dataset) * (2 if self._trains_cls else 1)
 
@@ -186,7 +189,13 @@ class ObjectiveTrainer(CellTrainer):
 
     # ------------------------------------------------------------------ losses
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the weighted sum of the objectives."""
         if not self._trains_cls:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -258,7 +267,7 @@ class ObjectiveTrainer(CellTrainer):
             means[f"{prefix}loss"] = sum(weight * means[losses[name]] for name, weight in self.objectives.items())
         return means
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as CellTrainer does, on the averaged weights if `ema` is set."""
         self._watched[False] = []
         average = self._average if self.is_in_train else None
@@ -271,11 +280,14 @@ class ObjectiveTrainer(CellTrainer):
         if self._average is not None:
             self._average.save(checkpoint)
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         self._watched[True] = []  # forget an attempt that ran out of memory
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self._average is not None and resume_from_checkpoint is None:
-            self._average.begin(self.model)
-        elif self._average is not None:
-            self._average.load(Path(resume_from_checkpoint), self.model)
+        if self._average is not None:
+            if resume_from_checkpoint is None:
+                self._average.begin(self.model)
+            else:
+                self._average.load(Path(resume_from_checkpoint), self.model)
         return prepared

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..batches.collators import DataCollatorForCellClassification
 from ..batches.parts import as_selection
@@ -108,7 +108,7 @@ class Finetuning:
         *,
         gene_dropout: float = 0.0,
         packing: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> CellTrainer:
         """Make the trainer; `kwargs` are those of `CellTrainer`."""
         arguments.num_train_epochs = self.num_train_epochs
@@ -148,7 +148,15 @@ class SetTemperature(TrainerCallback):
     def __init__(self, temperature: float | list[float]):
         self.temperature = temperature
 
-    def on_train_end(self, args, state, control, *, model: PreTrainedModel, **_) -> None:
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        model: PreTrainedModel,
+        **_: Any,
+    ) -> None:
         """Set it."""
         unwrap(model).config.temperature = self.temperature
 

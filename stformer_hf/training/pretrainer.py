@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.utils.data import IterableDataset
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from ..batches.collators import DataCollatorForGeneRankMLM, DataCollatorForPhenotypicMLM
 from ..batches.parts import as_selection
@@ -95,7 +97,7 @@ class STFormerPretrainer(ObjectiveTrainer):
         packing: bool = False,
         processing_class: GeneTokenizer | None = None,
         data_collator: Callable | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if model is None and model_init is None:
             raise ValueError("STFormerPretrainer needs a model, or a model_init that makes one.")
@@ -144,7 +146,9 @@ class STFormerPretrainer(ObjectiveTrainer):
             **kwargs,
         )
 
-    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(
+        self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """Evaluate as Trainer does, with the baselines if they are requested."""
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if f"{metric_key_prefix}_genes_nll" in output.metrics:
@@ -154,7 +158,13 @@ class STFormerPretrainer(ObjectiveTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
         return output
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         """Compute the loss as Trainer does, and add up the losses of masked genes if there are baselines."""
         labels = inputs.get("labels")
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

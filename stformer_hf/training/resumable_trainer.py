@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..batches.stream_batches import part_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
@@ -32,7 +34,7 @@ class ResumableTrainer(LossTrainer):
 
     _trains_cls = False  # whether an objective reads `[CLS]`
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         leave_gloo_at_exit()
         self.interrupted: signal.Signals | None = None
@@ -47,7 +49,7 @@ class ResumableTrainer(LossTrainer):
         """Return the arguments that decide which cells are in each step; for trainers of cells to override."""
         return {}
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train as Trainer does; True resumes from the last complete checkpoint, or starts if there is none.
 
         Raises
@@ -85,7 +87,9 @@ class ResumableTrainer(LossTrainer):
         finally:
             self._on_signal.stop_listening()
 
-    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
+    ) -> tuple[nn.Module, DataLoader]:
         if resume_from_checkpoint is not None and self.args.auto_find_batch_size:  # which may have lowered it again
             self._check_order(resume_from_checkpoint, self.state.stateful_callbacks)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
@@ -108,13 +112,13 @@ class ResumableTrainer(LossTrainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 
-    def _issue_warnings_after_load(self, load_result):
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as Trainer does; a weight that is tied to another is not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}
         missing = [name for name in load_result.missing_keys if name not in tied]
         super()._issue_warnings_after_load(load_result._replace(missing_keys=missing))
 
-    def _run_epoch(self, *args, **kwargs):
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run an epoch as Trainer does; a resumed run that was finished makes no further step."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
@@ -146,7 +150,7 @@ class ResumableTrainer(LossTrainer):
         rank, n_parts = part_of(self.train_dataset)
         return "stream_mark.json" if n_parts == 1 else f"stream_mark_{rank}.json"
 
-    def _save_checkpoint(self, model, trial):
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
             self.state.stateful_callbacks[_ORDER] = self._order()
@@ -161,7 +165,7 @@ class ResumableTrainer(LossTrainer):
     def _save_more(self, checkpoint: Path) -> None:
         """Write what a trainer adds to a checkpoint, in the process that saves; for subclasses to override."""
 
-    def _save(self, output_dir=None, state_dict=None):
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Save as Trainer does, with the out-of-fold predictions; beside an adapter the configuration of its model.
 
         That configuration names the outputs. Out-of-fold predictions of an earlier model are removed.
@@ -184,6 +188,6 @@ class ResumableTrainer(LossTrainer):
             else:
                 card.write_bytes(card_before)
 
-    def _save_rng_state(self, output_dir):
+    def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()  # the first process now marks the checkpoint as complete

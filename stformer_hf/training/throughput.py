@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from ..models.gene_bert.configuration_gene_bert import IGNORE
@@ -251,16 +252,18 @@ class MeasuredTrainer(Trainer):
     Time excludes evaluation, saving and logging, and the batches that a resumed run skips.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.throughput = Throughput(self)
 
-    def _prepare_for_training(self, *args, **kwargs):
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         self.throughput.begin()
         self.throughput.look_at(self.model)
         return super()._prepare_for_training(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
         """Draw batches as Trainer does, count them, and measure the time spent waiting for them."""
         self.throughput.start()
         drawn = super().get_batch_samples(self.throughput.timed(epoch_iterator), num_batches, device)
@@ -268,16 +271,17 @@ class MeasuredTrainer(Trainer):
             self.throughput.count(batch)
         return drawn
 
-    def _maybe_log_save_evaluate(self, *args, **kwargs):
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if not (control.should_log or control.should_evaluate or control.should_save):
-            return super()._maybe_log_save_evaluate(*args, **kwargs)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+            return
         with self.throughput.paused():
             if control.should_save or control.should_evaluate:  # an evaluation may lead to a save
                 self.throughput.remember()
-            return super()._maybe_log_save_evaluate(*args, **kwargs)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the throughput since the last log, or of the whole run in its last log."""
         if self.is_in_train and "loss" in logs:
             logs = {**logs, **self.throughput.figures()}

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 FILE = "weight_average.safetensors"  # in a checkpoint
 
@@ -85,11 +86,15 @@ class AverageWeights(TrainerCallback):
     def __init__(self, trainer: Trainer, average: WeightAverage):
         self.trainer, self.average = trainer, average
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Update the average."""
         self.average.update(self.trainer.model)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Copy the average to the model; that of the best checkpoint if Trainer has loaded its weights."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.average.load(Path(state.best_model_checkpoint), self.trainer.model)

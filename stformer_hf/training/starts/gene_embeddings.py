@@ -93,7 +93,7 @@ def embedding_of_genes(model: PreTrainedModel, tokenizer: GeneTokenizer) -> tupl
     return base.embeddings.token_type_embeddings.weight, rows
 
 
-def _read(embeddings) -> tuple[list[str], np.ndarray]:
+def _read(embeddings: str | os.PathLike | pd.DataFrame | Mapping[str, np.ndarray]) -> tuple[list[str], np.ndarray]:
     """Return the names of the genes, and their vectors: float64 array (n, d)."""
     what = "the table"
     if isinstance(embeddings, (str, os.PathLike)):
