@@ -17,6 +17,7 @@ here.
 
 from importlib import import_module
 from threading import RLock
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -101,7 +102,7 @@ __all__ = sorted([*(name for names in _MODULES.values() for name in names), "__v
 _IMPORTING = RLock()  # torch and transformers cannot be imported for the first time by several threads at once
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name != "pl" and name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with _IMPORTING:

@@ -69,7 +69,7 @@ def summary(adata: AnnData) -> list[str]:
     return lines
 
 
-def run(args: AnnotateArguments):
+def run(args: AnnotateArguments) -> AnnData:
     """Label the cells and write the file; return the AnnData."""
     from ..inference.annotate import annotate
     from ..models.gene_bert.heads import problem_of

@@ -7,8 +7,12 @@ stformer-hf build --data downloads --output atlas --obs all --workers 4
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .arguments import flag, options_of, parse
+
+if TYPE_CHECKING:
+    from ..store.cell_store import CellStore
 
 
 @dataclass
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
     print(run(args))
 
 
-def run(args: BuildArguments):
+def run(args: BuildArguments) -> CellStore:
     """Build and return the store."""
     from ..store.cell_store import CellStore
 

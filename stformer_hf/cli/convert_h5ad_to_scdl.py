@@ -9,8 +9,12 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import guarded
+
+if TYPE_CHECKING:
+    from ..compat.scdl import SingleCellMemMapDataset
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-def run(args: argparse.Namespace):
+def run(args: argparse.Namespace) -> SingleCellMemMapDataset:
     """Convert the files; return the dataset."""
     from ..compat.scdl import SingleCellMemMapDataset
     from ..compat.scdl_building import check_free

@@ -199,7 +199,7 @@ def load_cells() -> tuple[Any, float]:
     return cells, residual
 
 
-def split_cells(cells, seed: int):
+def split_cells(cells: AnnData, seed: int) -> tuple[AnnData, AnnData]:
     """Split cells into a training and a held-out part, stratified by type and determined by the seed."""
     from sklearn.model_selection import train_test_split
 
@@ -244,7 +244,7 @@ def _finetune(folder: Path, seed: int) -> Classifiers:
     from ..training.defaults import FINETUNING
     from . import finetune
 
-    def make(name: str, **epochs) -> dict[str, float]:
+    def make(name: str, **epochs: Any) -> dict[str, float]:
         # Held-out cells are evaluated only for the curves; nothing is chosen or stopped by them.
         args = finetune.FinetuneArguments(
             data=[str(folder / "train.h5ad")],
@@ -369,7 +369,7 @@ def _draw(
     return pictures
 
 
-def _write_report(folder: Path, *, pictures: dict[str, Path], **facts) -> Path:
+def _write_report(folder: Path, *, pictures: dict[str, Path], **facts: Any) -> Path:
     import jinja2
 
     def picture(name: str) -> str:

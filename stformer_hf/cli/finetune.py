@@ -17,11 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ..genes.wrong_names import some_of
 from ..training.defaults import FINETUNING, FINETUNING_REFERENCE, MAX_LENGTH
 from .arguments import flag, parse_training, refuse_flags_of_new, some_flags
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+    from transformers.trainer_utils import PredictionOutput
+
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+    from ..store.cell_store import CellStore
+    from ..training.cell_heads import CellHead
 
 _OF_A_NEW_MODEL = ("size", "bin_edges", "max_length", "whole_cell")
 _NUMBER = re.compile(r"-?\d+(\.\d+)?")
@@ -178,7 +186,13 @@ def run(args: FinetuneArguments, training: dict) -> dict[str, float]:
     return metrics
 
 
-def _open_store(args: FinetuneArguments, arguments, labels: list[str], classes: tuple[str, ...], tokenizer):
+def _open_store(
+    args: FinetuneArguments,
+    arguments: TrainingArguments,
+    labels: list[str],
+    classes: tuple[str, ...],
+    tokenizer: GeneTokenizer | None,
+) -> CellStore:
     """Open or build the store; the columns in `classes` must be categorical."""
     from ..batches.draws import sampling_columns
     from .runs import open_cells
@@ -206,7 +220,9 @@ def _open_store(args: FinetuneArguments, arguments, labels: list[str], classes: 
     return store
 
 
-def _baselines(cells, held_out_cells, heads: list, label: str, seed: int) -> dict[str, float]:
+def _baselines(
+    cells: CellStore, held_out_cells: CellStore, heads: list[CellHead], label: str, seed: int
+) -> dict[str, float]:
     """Compute the baselines of each head; `label` is the column of a single one."""
     from ..evaluation.cell_baselines import classification_baselines
 
@@ -226,7 +242,7 @@ def _what_is_read(n_training: int, n_held_out: int, args: FinetuneArguments) -> 
     return f"{n_training:,} cells for training, {n_held_out:,} held out{all_of_them}."
 
 
-def _what_is_learnt(label: str, head) -> str:
+def _what_is_learnt(label: str, head: CellHead) -> str:
     if head.kind == "regression":
         return f"{label!r} is predicted as a number (--problem_type regression)."
     numbers = all(_NUMBER.fullmatch(name) for name in head.names)
@@ -235,7 +251,7 @@ def _what_is_learnt(label: str, head) -> str:
     )
 
 
-def _draw_confusion(output: Path, found, heads: list) -> None:
+def _draw_confusion(output: Path, found: PredictionOutput, heads: list[CellHead]) -> None:
     """Plot the confusion matrix of held-out cells to `confusion.png`, if matplotlib is installed.
 
     Those of several label columns are plotted to `confusion_COLUMN.png`.

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import OnCells, flag, parse
+
+if TYPE_CHECKING:
+    from anndata import AnnData
 
 
 @dataclass(kw_only=True)
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
         print(mapped.cat.remove_unused_categories().value_counts().to_string())
 
 
-def run(args: MapArguments):
+def run(args: MapArguments) -> AnnData:
     """Map the cells and write the file; return the AnnData."""
     from accelerate import PartialState
 

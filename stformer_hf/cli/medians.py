@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import changed_flags, check_free, flag, options_of, parse
+
+if TYPE_CHECKING:
+    from ..genes.statistics import GeneStatistics
 
 
 @dataclass
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> None:
     print(f"{args.output}: {len(statistics.medians):,} medians; {statistics}")
 
 
-def run(args: MediansArguments):
+def run(args: MediansArguments) -> GeneStatistics:
     """Estimate or merge medians, and write them; return the GeneStatistics."""
     from ..genes.statistics import GeneStatistics
     from ..store.gene_medians import estimate_gene_medians

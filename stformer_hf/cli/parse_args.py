@@ -15,12 +15,14 @@ import argparse
 import json
 import logging
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..genes.wrong_names import closest
 
 if TYPE_CHECKING:
+    from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from .finetune import FinetuneArguments
     from .pretrain import PretrainArguments
 
@@ -260,7 +262,7 @@ def _read_json(flag: str, path: str) -> dict[str, Any]:
     return content
 
 
-def _check_known(flag: str, name: str, known, where: str) -> None:
+def _check_known(flag: str, name: str, known: Collection[str], where: str) -> None:
     if name not in known:
         raise ValueError(f"{flag} {name}: {where} has {', '.join(known)}{closest(name, known)}.")
 
@@ -385,7 +387,7 @@ def make_initial_model(config: TrainConfig) -> Path:
     return folder
 
 
-def _make_tokenizer(config: TrainConfig):
+def _make_tokenizer(config: TrainConfig) -> GeneTokenizer:
     """Make a tokenizer from the vocabulary and the first `num_top_genes` genes of the training files."""
     from ..genes.unite import unite
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer

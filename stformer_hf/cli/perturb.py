@@ -9,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from .arguments import flag, options_of, parse
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass
@@ -63,7 +66,7 @@ def main(argv: list[str]) -> None:
         print(f"{Path(args.output) / 'table.csv'}: {len(table)} perturbations of {n_cells} cells")
 
 
-def run(args: PerturbArguments):
+def run(args: PerturbArguments) -> pd.DataFrame:
     """Perturb the cells, write the tables and the plot; return the table."""
     from ..inference.perturb import perturb
     from .files import is_first_process, read, writing

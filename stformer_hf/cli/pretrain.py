@@ -239,7 +239,7 @@ def _starts_at_cells(args: PretrainArguments) -> bool:
     return init == "spectral" and not args.model
 
 
-def make_model(args: PretrainArguments, run: PretrainRun, **settings) -> PreTrainedModel:
+def make_model(args: PretrainArguments, run: PretrainRun, **settings: Any) -> PreTrainedModel:
     """Make a new model for the tokenizer of a prepared run, or load the one of `args.model`.
 
     Its weights are drawn from torch's generator: call `transformers.set_seed` first. Depending on `args.init`, it
@@ -280,7 +280,7 @@ def make_trainer(
     *,
     model: PreTrainedModel | None = None,
     model_init: Callable[..., PreTrainedModel] | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> STFormerPretrainer:
     """Make the trainer of a prepared run, for `model` or `model_init`; `kwargs` are passed to `STFormerPretrainer`."""
     from ..training.pretrainer import STFormerPretrainer

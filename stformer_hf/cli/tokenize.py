@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .arguments import flag, parse, refuse_flags_of_new, some_flags
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # Flags of a new tokenizer, made from the store.
 _OF_A_NEW_TOKENIZER = ("scheme", "medians", "bin_edges", "phenotypes", "max_length", "truncation")
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> None:
     print(f"{args.output}: {len(dataset):,} cells, columns: {', '.join(dataset.column_names)}")
 
 
-def run(args: TokenizeArguments):
+def run(args: TokenizeArguments) -> Dataset:
     """Tokenize the store; return the dataset."""
     from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
     from ..store.cell_store import CellStore

@@ -43,7 +43,9 @@ _BLOCKS_PER_TASK = 4
 _T = TypeVar("_T")
 
 
-def load(model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class, min_coverage: float | None = None):
+def load(
+    model: str | PreTrainedModel, tokenizer: GeneTokenizer | None, auto_class: Any, min_coverage: float | None = None
+) -> tuple[PreTrainedModel, GeneTokenizer]:
     """Load a checkpoint, or unwrap a model object; return model and tokenizer. Errors are those of `embed`.
 
     With `min_coverage`, the tokenizer is a copy with that setting.
@@ -413,7 +415,7 @@ def make_batch(tokens: TokenizedCells, rows: np.ndarray, tokenizer: GeneTokenize
     return TokenBatch(rows, inputs, torch.from_numpy(types), genes, n_genes)
 
 
-def table_of(cells, layer: str | None) -> AnnData:
+def table_of(cells: Any, layer: str | None) -> AnnData:
     """Return the AnnData that results are written to: that of the cells (see `find_table`), or a new one for a store.
 
     The new one has the obs and the genes of the store, and no counts, so that the store may be larger than memory.
@@ -429,7 +431,7 @@ def table_of(cells, layer: str | None) -> AnnData:
     return table
 
 
-def check_cells(cells) -> None:
+def check_cells(cells: Any) -> None:
     """Raise a TypeError for objects that results cannot be written to: all but an AnnData, MuData or SpatialData."""
     if isinstance(cells, AnnData) or is_mudata(cells) or is_spatialdata(cells):
         return

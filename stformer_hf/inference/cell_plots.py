@@ -451,7 +451,9 @@ def _default_colours(n: int) -> list[str]:
     return [to_hex(palette[i % len(palette)]) for i in range(n)]
 
 
-def _add_legend(figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, name: str, title: str):
+def _add_legend(
+    figure: Figure, panels: np.ndarray, legend: list[Line2D] | ScalarMappable, name: str, title: str
+) -> None:
     """Add the legend of all panels, see `_colours`, its name, and the title."""
     if isinstance(legend, list):
         columns = -(-len(legend) // _LEGEND_ROWS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ def embed_and_count(
     min_coverage: float | None = None,
     *,
     layer: str | None = None,
-    **settings,
+    **settings: Any,
 ) -> tuple[AnnData | None, np.ndarray]:
     """Do as `embed`, and return also the number of genes of each cell among its tokens: int64 array (n_cells,)."""
     table = table_of(adata, layer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -305,12 +305,12 @@ def _attentions_of(encoder: PreTrainedModel) -> list[GeneBertAttention]:
 
 
 def _attention(
-    encoder: PreTrainedModel, attentions: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, *_
+    encoder: PreTrainedModel, attentions: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, *_: Any
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each cell, its tokens that are genes of the network, and their attention: float array (k, length)."""
     total: list[torch.Tensor] = []
 
-    def add(_, __, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def add(_: nn.Module, __: Any, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
         mean = outputs[1].float().mean(dim=1)
         total[:] = [mean if not total else total[0].add_(mean)]
 
@@ -328,7 +328,7 @@ def _attention(
 
 
 def _gradients(
-    encoder: PreTrainedModel, _, batch: TokenBatch, of_token: np.ndarray, n_targets: int, seed: int
+    encoder: PreTrainedModel, _: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, n_targets: int, seed: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each cell, one of its tokens as the target, and the gradient norms of all tokens: float array (1, length).
 

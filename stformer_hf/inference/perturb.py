@@ -250,7 +250,14 @@ def perturb(
     return asked
 
 
-def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> Cells:
+def _choose_cells(
+    obs: pd.DataFrame,
+    known_counts: sparse.csr_matrix,
+    goal_key: str | None,
+    goal: str | None,
+    start: str | None,
+    donor_key: str | None,
+) -> Cells:
     """Split the cells into those to perturb and the goal's; cells without counts are in neither."""
     for key in (goal_key, donor_key):
         must_have(obs, "obs", key)
@@ -285,7 +292,9 @@ def _choose_cells(obs, known_counts, goal_key, goal, start, donor_key) -> Cells:
     return Cells(np.flatnonzero(perturbed & full), np.flatnonzero(in_goal & full), donors)
 
 
-def _check_settings(kind, quantile, goal_key, goal, start, **numbers: int | None) -> float | None:
+def _check_settings(
+    kind: str, quantile: float | None, goal_key: str | None, goal: str | None, start: str | None, **numbers: int | None
+) -> float | None:
     """Refuse invalid settings; return the quantile."""
     if kind not in QUANTILES:
         raise ValueError(f"kind must be one of {', '.join(QUANTILES)}, got {kind!r}.")

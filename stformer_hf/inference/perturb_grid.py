@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ..evaluation.cell_baselines import log_normalise
 from ..evaluation.readers import fit_pca
 from ..genes.whole_files import whole_file
+from .gene_edits import GeneEdits, Panel, Perturbation
 from .gene_shifts import GeneStates, ShiftSums
-from .perturb_reader import OfGenes
+from .perturb_reader import OfGenes, Reader
 from .perturb_statistics import CellGroups, DonorGroups, ShardScores, cell_statistics
 
 _CELLS_AT_ONCE = 512  # edited and tokenized together
@@ -80,7 +81,18 @@ class _Unperturbed(NamedTuple):
 class Grid:
     """All perturbations in all cells, shard by shard."""
 
-    def __init__(self, folder, reader, edits, counts, cells, perturbations, panel, shard_size, with_genes):
+    def __init__(
+        self,
+        folder: Path,
+        reader: Reader,
+        edits: GeneEdits,
+        counts: sparse.csr_matrix,
+        cells: Cells,
+        perturbations: Sequence[Perturbation],
+        panel: Panel,
+        shard_size: int,
+        with_genes: bool,
+    ):
         self.folder, self.reader, self.edits, self.cells = folder, reader, edits, cells
         self.counts, self.perturbations = counts, perturbations
         self._linear = _Linear(counts, panel.known, cells)
@@ -151,8 +163,9 @@ class Grid:
                 if reader is self.reader and donors is None:
                     self.groups = CellGroups(cell_statistics(states.astype(np.float64)), cell_statistics(goals))
                 elif reader is self.reader:
-                    assert donors is not None
-                    starts, of_starts = _mean_states(states.astype(np.float64), self.cells.donors_of(0))
+                    donors_of_starts = self.cells.donors_of(0)
+                    assert donors is not None and donors_of_starts is not None
+                    starts, of_starts = _mean_states(states.astype(np.float64), donors_of_starts)
                     of_goals = np.unique(donors)
                     self.groups = DonorGroups(
                         np.concatenate([starts, means]),
@@ -161,7 +174,7 @@ class Grid:
                     )
             self._base.append(_Unperturbed(states, probabilities, classes, goal))
 
-    def _read_all(self, reader, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    def _read_all(self, reader: Reader | _Linear, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         parts = [reader(self.counts[rows[i : i + _CELLS_AT_ONCE]]) for i in range(0, len(rows), _CELLS_AT_ONCE)]
         states, probabilities = zip(*parts, strict=True)
         return np.concatenate(states), None if probabilities[0] is None else np.concatenate(probabilities)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 from scipy import sparse
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 
 from ..batches.evaluating import length_to_read
 from ..models.gene_bert.configuration_gene_bert import output_name
 from ..models.gene_bert.heads import pool
 from ..models.gene_bert.modeling_gene_bert import GeneBertModel
+from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import take
 from ..training.cell_heads import check_finite, read_heads
 from .batches import TokenBatch, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
@@ -26,7 +27,16 @@ OfGenes = Callable[[np.ndarray, np.ndarray, torch.Tensor], None]
 class Reader:
     """A model that reads cells: states of length 1, and probabilities of classes."""
 
-    def __init__(self, model, tokenizer, hidden_layer, pooling, max_tokens, fractional, min_coverage):
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        tokenizer: GeneTokenizer | None,
+        hidden_layer: int,
+        pooling: str | None,
+        max_tokens: int | None,
+        fractional: bool,
+        min_coverage: float | None,
+    ):
         of_cells = is_classifier(model)
         auto_class = AutoModelForSequenceClassification if of_cells else AutoModel
         self.model, self.tokenizer = load(model, tokenizer, auto_class, min_coverage)
@@ -110,8 +120,8 @@ class Reader:
     def _forward(self, batch: TokenBatch, of_genes: OfGenes | None) -> tuple[np.ndarray, np.ndarray | None]:
         inputs, types = batch.inputs, batch.types
         if not self.heads and of_genes is None:
-            settings = {"hidden_layer": self.hidden_layer, "pooling": self.pooling}
-            return unit_length(pooled_states(self.model, inputs, types, **settings)).cpu().numpy(), None
+            states = pooled_states(self.model, inputs, types, hidden_layer=self.hidden_layer, pooling=self.pooling)
+            return unit_length(states).cpu().numpy(), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
         pooled = pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries)
