@@ -153,7 +153,7 @@ class DataCollatorForPhenotypicMLM(CellCollator):
                 "DataCollatorForPhenotypicMLM masks expression bins, but the tokenizer has the rank scheme: use "
                 "DataCollatorForGeneRankMLM."
             )
-        self._measured: tuple | None = None
+        self._measured: tuple[np.ndarray, np.ndarray | None] | None = None
         self.mlm = mlm
 
     def __call__(self, examples: Any) -> dict[str, torch.Tensor]:

@@ -223,7 +223,7 @@ class TokenBudgetBuffer(IterableDataset):
             if ahead:
                 self._marks.append(mark)
 
-    def _open(self, mark: Mapping[str, Any]) -> tuple[Any, Iterator]:
+    def _open(self, mark: Mapping[str, Any]) -> tuple[Any, Iterator[Any]]:
         """Open the stream at a mark; return the stream (None if its state is not exact) and its cells."""
         if not hasattr(self.stream, "state_dict") or _has_shuffle_buffer(getattr(self.stream, "_ex_iterable", None)):
             return None, islice(self.stream, mark["n_read"], None)
@@ -293,9 +293,14 @@ class StreamBatches(Dataset):
         While reading: a requested batch was skipped already, or there are multiple workers; the stream has no cells.
     """
 
-    def __init__(self, batches: TokenBudgetBuffer, collator: Callable, mark: Mapping[str, Any] | None = None):
+    def __init__(
+        self,
+        batches: TokenBudgetBuffer,
+        collator: Callable[[Any], dict[str, Any]],
+        mark: Mapping[str, Any] | None = None,
+    ):
         self.batches, self.collator, self.mark = batches, collator, mark
-        self._reading: Iterator | None = None
+        self._reading: Iterator[Any] | None = None
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """Return a collated batch; its `stream_mark`, as JSON, is the position of the next batch."""

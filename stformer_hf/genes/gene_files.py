@@ -190,7 +190,7 @@ def plain_name(name: object) -> str:
     return re.sub(r"[^a-z0-9]+", "_", str(name).lower()).strip("_")
 
 
-def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list:
+def _usual(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
     """Return the columns that have one of the usual names, in the order of these."""
     columns = {plain_name(name): name for name in reversed(frame.columns)}
     return [columns[name] for name in names if name in columns]

@@ -299,7 +299,7 @@ class GeneStatistics:
         return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
-    def _from_json(cls, found: dict) -> GeneStatistics:
+    def _from_json(cls, found: dict[str, Any]) -> GeneStatistics:
         read = cls(found["gene_id"], found["symbol"], target_sum=found["target_sum"])
         read.n_cells = found["n_cells"]
         medians = [found["medians"].get(gene, np.nan) for gene in read.gene_ids]

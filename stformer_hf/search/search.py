@@ -259,7 +259,7 @@ def _check_settings(study: Any, path: Path, wanted: dict[str, Any]) -> None:
         )
 
 
-def _finished(study: Any) -> list:
+def _finished(study: Any) -> list[Any]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name in ("COMPLETE", "PRUNED")]
 
 
@@ -327,10 +327,10 @@ def _with_ray(
     ended: list[tuple[Any, str]] = []
 
     class Lines(tune.Callback):
-        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._tell(trial, "COMPLETE")
 
-        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             self._tell(trial, "FAILED")  # the reason is set after this
 
         def _tell(self, trial: Any, state: str) -> None:

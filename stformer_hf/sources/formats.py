@@ -98,7 +98,7 @@ def remote_folder(path: str | Path) -> str | None:
     return _address(path, remote)
 
 
-def _address(path: str | Path, remote: re.Match) -> str:
+def _address(path: str | Path, remote: re.Match[str]) -> str:
     return f"{remote[1]}://{str(path)[remote.end() :]}"  # a Path has one slash
 
 

@@ -43,7 +43,7 @@ class PerProcess:
             closing.close()
         self._file = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None, "_process": None}
 
 
@@ -189,7 +189,7 @@ class CompressedMatrix(Matrix):
         self._handle.close()
         self._indptr = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indptr": None}
 
 
@@ -233,7 +233,7 @@ class ScatteredMatrix(Matrix):
     def close(self) -> None:
         self._buckets = None
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_buckets": None}
 
 

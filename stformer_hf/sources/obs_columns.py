@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -242,7 +243,7 @@ def as_array(column: pa.ChunkedArray) -> np.ndarray:
     return column.to_pandas().to_numpy()
 
 
-def as_objects(values: np.ndarray) -> list:
+def as_objects(values: np.ndarray) -> list[Any]:
     """Return the values of an obs column as a list of Python numbers and strings; dates as pandas `Timestamp`."""
     return pd.Series(values).tolist()
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -120,7 +120,7 @@ class Source(Counts):
     """
 
     genes: GeneTable
-    key: dict | None
+    key: dict[str, Any] | None
     is_part: bool
     _read_obs: Callable[[], pd.DataFrame]
     _open_neighbors: Callable[[str], Matrix] | None
@@ -243,7 +243,7 @@ def open_source(
     return opened
 
 
-def _key(path: Path) -> dict:
+def _key(path: Path) -> dict[str, Any]:
     stats = [file.stat() for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
     return {
         "path": str(path.resolve()),

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from io import BufferedWriter
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,7 @@ class RowBuckets:
         return sparse.coo_matrix((values, coordinates), shape=(stop - start, self.shape[1])).tocsr()
 
 
-def _close(files: list) -> None:
+def _close(files: list[BufferedWriter]) -> None:
     """Close files, also if an error interrupted writing."""
     while files:
         files.pop().close()

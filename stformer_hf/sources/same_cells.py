@@ -239,7 +239,7 @@ def find_twins(names: Iterable[str], counts: sparse.csr_array) -> np.ndarray:
     have sorted indices and no explicit zeros.
     """
     barcodes = [_barcode(str(name)) for name in names]
-    keys: list = list(range(len(barcodes)))
+    keys: list[Any] = list(range(len(barcodes)))
     for row in np.flatnonzero(_repeated(barcodes)):
         keys[row] = (barcodes[row], _digest(counts, counts.indptr[row], counts.indptr[row + 1]))
     return np.asarray(pd.factorize(pd.Series(keys, dtype=object))[0], np.int64)
@@ -253,7 +253,9 @@ def _repeated(keys: Sequence[Any]) -> np.ndarray:
     return pd.Series(keys, dtype=object).duplicated(keep=False).to_numpy()
 
 
-def find_twins_of_store(names: Iterable[str], n_genes: np.ndarray, read: Callable) -> np.ndarray:
+def find_twins_of_store(
+    names: Iterable[str], n_genes: np.ndarray, read: Callable[[np.ndarray], sparse.csr_array]
+) -> np.ndarray:
     """Find twins as `find_twins` does, reading only cells that share barcode and number of genes with others.
 
     Cells have `n_genes` expressed genes, int array (n_cells,); those without counts are not twins. `read` returns the
@@ -261,7 +263,7 @@ def find_twins_of_store(names: Iterable[str], n_genes: np.ndarray, read: Callabl
     """
     barcodes = [_barcode(str(name)) for name in names]
     rows = np.flatnonzero(_repeated(list(zip(barcodes, n_genes.tolist(), strict=True))))
-    keys: list = list(range(len(barcodes)))
+    keys: list[Any] = list(range(len(barcodes)))
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
         some = rows[start : start + _ROWS_AT_A_TIME]
         counts = read(some)

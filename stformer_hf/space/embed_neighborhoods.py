@@ -210,7 +210,7 @@ def _load(model: str | PreTrainedModel) -> PreTrainedModel:
 # ---------------------------------------------------------------------- neighbourhoods
 
 
-def _options(learnt: dict | None, given: dict[str, Any]) -> dict[str, Any]:
+def _options(learnt: dict[str, Any] | None, given: dict[str, Any]) -> dict[str, Any]:
     """Return the sampler's options: those given override those that the model was trained with."""
     for name in given:
         if name not in _OPTIONS:

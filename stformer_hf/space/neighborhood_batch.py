@@ -31,7 +31,7 @@ class NeighborhoodMetadata(NamedTuple):
 
 
 @dataclass
-class NeighborhoodBatch(Sequence):
+class NeighborhoodBatch(Sequence[NeighborhoodMetadata]):
     """Neighbourhoods as flat arrays, with expression as stored: the input of a collate function in a `DataLoader`.
 
     As a sequence, its items are the `NeighborhoodMetadata` of each.

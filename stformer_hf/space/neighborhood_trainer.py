@@ -55,7 +55,7 @@ class NeighborhoodTrainer(CellTrainer):
         train_dataset: Any = None,
         *,
         baselines: bool = False,
-        data_collator: Callable | None = None,
+        data_collator: Callable[..., Any] | None = None,
         **kwargs: Any,
     ):
         train_dataset = as_selection(train_dataset)
