@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -166,7 +166,9 @@ def _write_zarr_from_disk(adata: AnnData, path: Path) -> None:
     """Write an AnnData whose matrices are in an HDF5 file to a zarr, a few million values at a time."""
     import zarr
 
-    def write_part(write, group, name: str, value, *, dataset_kwargs, **_) -> None:
+    def write_part(
+        write: Callable[..., None], group: Any, name: str, value: Any, *, dataset_kwargs: Mapping[str, Any], **_: Any
+    ) -> None:
         if isinstance(value, CSRDataset | CSCDataset | h5py.Dataset):
             _copy_matrix(value, group, name)
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 
 from .calibration import OutOfFold
 from .log_lines import log_wait
@@ -149,10 +149,10 @@ def _outputs_of_epochs(
     )
 
     class PredictEpochs(TrainerCallback):
-        def on_train_begin(self, args, state, *_, **__) -> None:
+        def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
             self.bar = tqdm(total=state.max_steps, desc="try fine-tuning", unit="step", disable=None)
 
-        def on_step_end(self, args, state, *_, **__) -> None:
+        def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
             self.bar.update()
             if state.global_step == 1:
                 self.began = time.monotonic()  # the first step takes longer
@@ -161,10 +161,10 @@ def _outputs_of_epochs(
                 what = f"Trying {MOST_EPOCHS} epochs in one of {N_FOLDS} folds (num_train_epochs=0 skips this)"
                 log_wait(what, seconds)
 
-        def on_epoch_end(self, *_, **__) -> None:
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
             outputs.append(predict(fold.model, fold.tokenizer, others))
 
-        def on_train_end(self, *_, **__) -> None:
+        def on_train_end(self, *_: Any, **__: Any) -> None:
             self.bar.close()
 
     with tempfile.TemporaryDirectory() as folder:

@@ -122,7 +122,14 @@ class Problem:
             return Linear(weight, np.array([one.bias[1] - one.bias[0] for one in columns]))
         return self._logistic(features, labels, self.n_outputs, penalty, purpose)
 
-    def _logistic(self, features, labels: np.ndarray, n_classes: int, penalty: float, purpose: str) -> Linear:
+    def _logistic(
+        self,
+        features: np.ndarray | sparse.csr_array,
+        labels: np.ndarray,
+        n_classes: int,
+        penalty: float,
+        purpose: str,
+    ) -> Linear:
         weight, bias = np.zeros((features.shape[1], n_classes)), np.full(n_classes, _LOWEST)
         present = np.unique(labels)
         if len(present) < 2:
