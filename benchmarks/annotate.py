@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +49,9 @@ from sklearn.neighbors import NearestNeighbors
 from .quality_baselines import Baselines, LogView, log_normalise
 from .quality_data import GROUP, LABEL, Split, full_splits, load
 from .quality_models import spectral_start
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TABLES = ("rejection", "mapping", "across", "mixing")
 SETS = ("demo", "citeseq", "geact", "geact_plates", "ifnb")
@@ -309,7 +312,7 @@ def map_onto(name: str, seed: int, reference: AnnData, query: AnnData) -> list[d
     counts = sparse.csr_matrix(query.X)
     names, bare = query.obs_names, AnnData(reference.X, obs=reference.obs[[]], var=reference.var)
 
-    def mapped(make) -> tuple[np.ndarray, np.ndarray]:
+    def mapped(make: Callable[[], PreTrainedModel]) -> tuple[np.ndarray, np.ndarray]:
         query = AnnData(counts, obs=pd.DataFrame(index=names), var=reference.var)
         model = make()
         found = []

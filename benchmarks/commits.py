@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 N_CELLS = 4_000
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -100,7 +101,7 @@ def measure(tree: str, cells: str) -> dict[str, float]:
         raise RuntimeError(f"{sf.__file__} was imported, not the code in {tree}.")
     seconds = {}
 
-    def clock(part: str, work: Callable):
+    def clock(part: str, work: Callable[[], Any]) -> Any:
         began = time.process_time()
         found = work()
         seconds[part] = time.process_time() - began

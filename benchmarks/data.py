@@ -14,9 +14,10 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -25,6 +26,9 @@ from scipy import sparse
 from torch.utils.data import DataLoader
 
 from .harness import clock, installed, print_table, take_turns
+
+if TYPE_CHECKING:
+    import torch
 
 BATCH = 64
 N_GENES = 20_000
@@ -205,7 +209,7 @@ def _block_readers(here: set[str]) -> dict:
     return readers
 
 
-def _pass(loader, size: Callable, n_batches: int | None = None) -> float:
+def _pass(loader: Iterable[Any], size: Callable, n_batches: int | None = None) -> float:
     """Read an epoch (or some batches) to map the files, and time another; `size` gives the cells of a batch."""
     for _ in itertools.islice(loader, n_batches):
         pass
@@ -259,10 +263,10 @@ class MemoryMap:
     def __len__(self) -> int:
         return len(self.indptr) - 1
 
-    def __getitems__(self, rows):
+    def __getitems__(self, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Copy rows out, flat."""
-        rows = np.asarray(rows)
-        starts, stops = self.indptr[rows], self.indptr[rows + 1]
+        numbers = np.asarray(rows)
+        starts, stops = self.indptr[numbers], self.indptr[numbers + 1]
         runs = list(zip(starts.tolist(), stops.tolist(), strict=True))
         indptr = np.concatenate([[0], np.cumsum(stops - starts)])
         indices = np.concatenate([self.indices[start:stop] for start, stop in runs])
@@ -283,7 +287,7 @@ def read_memory_map(folder: Path, workers: int = 0) -> float:
     return _pass(loader, lambda batch: len(batch[0]) - 1)
 
 
-def tensors_of(arrays):
+def tensors_of(arrays: Iterable[np.ndarray]) -> list[torch.Tensor]:
     """Make tensors of arrays."""
     import torch
 

@@ -22,7 +22,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from anndata import AnnData
 from torch._dynamo.utils import counters
+from transformers import PreTrainedModel
 
 from stformer_hf.models.gene_bert.packed_attention import packed_sdpa_attention_forward
 
@@ -139,7 +141,7 @@ class _Run:
             )
             self.rows[mix] = np.random.default_rng(0).permutation(np.flatnonzero(store.lengths))
 
-    def made_cells(self, median: int):
+    def made_cells(self, median: int) -> AnnData:
         """Return made cells; on a CPU few of them, of few genes."""
         return _made_cells(2_000, median) if self.on_gpu else _made_cells(60, median)[:, :CPU_GENES].copy()
 
@@ -166,7 +168,7 @@ class _Run:
             at = (at + n) % max(1, len(self.rows[mix]) - 2 * n)
         return made, lengths
 
-    def model(self, size: str, mix: str, name: str, attention: str):
+    def model(self, size: str, mix: str, name: str, attention: str) -> PreTrainedModel:
         tokenizer = self.tokenizers[mix]
         torch.manual_seed(0)
         net = make_model(
@@ -181,7 +183,7 @@ class _Run:
 
     # ------------------------------------------------------------------ parts
 
-    def part(self, name: str, work, *arguments) -> None:
+    def part(self, name: str, work: Callable[..., Any], *arguments: Any) -> None:
         """Run a part if there is time, keep what it gives, or what went wrong, and write all."""
         if time.monotonic() > self.ends:
             print(f"no time left for {name}", flush=True)
@@ -222,14 +224,14 @@ class _Run:
             dtype = torch.bfloat16 if self.on_gpu else torch.float32
             states = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
 
-            def forward(states=states) -> torch.Tensor:
+            def forward(states: torch.Tensor = states) -> torch.Tensor:
                 how = {"cu_seq_lens_q": cuts, "max_length_q": int(n_tokens.max())}
                 query, key, value = states
                 return packed_sdpa_attention_forward(
                     torch.nn.Identity(), query, key, value, None, states.shape[-1] ** -0.5, **how
                 )[0]
 
-            def both(forward=forward) -> None:
+            def both(forward: Callable[[], torch.Tensor] = forward) -> None:
                 forward().sum().backward()
 
             flops = 4 * n_heads * head_dim * (n_tokens.astype(float) ** 2).sum()
@@ -239,7 +241,7 @@ class _Run:
             }
         return found
 
-    def seconds(self, work) -> float:
+    def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds of a call, the mean of ten after a first one."""
         work()
         self.wait()
@@ -249,7 +251,9 @@ class _Run:
         self.wait()
         return (time.perf_counter() - began) / 10
 
-    def ready(self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None):
+    def ready(
+        self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None
+    ) -> tuple[list[dict], list[np.ndarray], PreTrainedModel, Callable[[dict], None]]:
         """Return batches, the lengths of their cells, a model, and a function that makes a step on a batch."""
         batches, lengths = self.batches(mix, layout)
         if model.startswith("modernbert"):
@@ -265,7 +269,7 @@ class _Run:
         whole = torch.compile(net, backend=self.compiler, **how) if compiled == "model" else net
         return batches, lengths, net, self.stepper(whole, net)
 
-    def timed_step(self, size: str, mix: str, *way) -> dict:
+    def timed_step(self, size: str, mix: str, *way: Any) -> dict:
         """Time steps after warming up: each batch at least twice, and on a GPU three seconds."""
         batches, lengths, net, step = self.ready(size, mix, *way)
         if self.on_gpu:
@@ -299,7 +303,7 @@ class _Run:
             found["mfu"] = round(flops / seconds / self.peak, 4)
         return found
 
-    def stepper(self, net, owner):
+    def stepper(self, net: torch.nn.Module, owner: torch.nn.Module) -> Callable[[dict], None]:
         """Return a function that makes a training step on a batch."""
         optimizer = torch.optim.AdamW(owner.parameters(), 1e-4, fused=True)
 
@@ -330,7 +334,7 @@ class _Run:
         torch.cuda.set_sync_debug_mode("warn")
         found: Counter[str] = Counter()
 
-        def note(message, *_, **__) -> None:
+        def note(message: Warning | str, *_: Any, **__: Any) -> None:
             ours = [frame for frame in traceback.extract_stack() if "stformer_hf/" in frame.filename]
             line = f"{Path(ours[-1].filename).name}:{ours[-1].lineno} {ours[-1].line}" if ours else "elsewhere"
             found[line] += 1
@@ -419,7 +423,7 @@ class _Run:
 def limited(seconds: int) -> Iterator[None]:
     """Raise TimeoutError in the context after so many seconds."""
 
-    def stop(*_) -> None:
+    def stop(*_: Any) -> None:
         raise TimeoutError(f"It took longer than {seconds} s.")
 
     before = signal.signal(signal.SIGALRM, stop)

@@ -27,7 +27,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,6 +37,13 @@ from scipy import sparse
 from .data import _n_cores
 from .harness import clock, print_table, private_mb, take_turns
 from .tokens import _one_core
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel
+
+    from stformer_hf import GeneTokenizer
+    from stformer_hf.batches.collate import CellCollator
 
 BATCH = 64  # cells a batch of the collators
 THREADS = 2
@@ -207,7 +214,7 @@ def _collators(scheme: str) -> dict:
     return contenders
 
 
-def _collator(tokenizer, packing: bool):
+def _collator(tokenizer: GeneTokenizer, packing: bool) -> CellCollator:
     """Our collator of a scheme."""
     from stformer_hf.batches import collators
 
@@ -216,7 +223,7 @@ def _collator(tokenizer, packing: bool):
     return make(tokenizer, mlm_probability=MASKED, packing=packing)
 
 
-def _rows_of(folder: Path, scheme: str, columns: list[str]):
+def _rows_of(folder: Path, scheme: str, columns: list[str]) -> Dataset:
     """Open a tokenized dataset, with the columns that a collator reads."""
     from datasets import load_from_disk
 
@@ -253,7 +260,7 @@ def collate_stock(folder: Path, scheme: str, source: str, fast: bool = False) ->
     return _time_batches(collate, data, source, _lengths(folder, scheme))
 
 
-def _time_batches(collate: Callable, data, source: str, lengths: np.ndarray) -> float:
+def _time_batches(collate: Callable, data: Any, source: str, lengths: np.ndarray) -> float:
     """Time an epoch of random batches on one core; the first batches are seen to hold the cells, masked."""
     _one_core()
     torch.set_num_threads(1)
@@ -362,7 +369,7 @@ def make_model(
     pad_token_id: int,
     sparse: bool = True,
     attention: str | None = None,
-):
+) -> PreTrainedModel:
     """Make a model for masked tokens, on the GPU if there is one."""
     from transformers import AutoModelForMaskedLM, BertConfig, ModernBertConfig
     from transformers.utils import is_flash_attn_2_available
@@ -435,7 +442,7 @@ def through_model(
     return len(made) * batch_size
 
 
-def _time_model(net, batches: list[dict], train: bool, note: Path) -> None:
+def _time_model(net: PreTrainedModel, batches: list[dict], train: bool, note: Path) -> None:
     """Time batches after a round of warming, and note what is known here alone."""
     torch.manual_seed(0)
     on_gpu = net.device.type == "cuda"
@@ -469,7 +476,7 @@ def _read_note(note: Path, result: dict) -> dict:
     return found
 
 
-def _moved(value):
+def _moved(value: Any) -> Any:
     return value.cuda() if torch.is_tensor(value) else value
 
 
@@ -478,7 +485,7 @@ def _wait(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
-def _train(net, optimizer: torch.optim.Optimizer, batch: dict) -> None:
+def _train(net: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: dict) -> None:
     """Make a training step."""
     with torch.autocast(net.device.type, torch.bfloat16, enabled=net.device.type == "cuda"):
         loss = net(**batch).loss
@@ -487,7 +494,7 @@ def _train(net, optimizer: torch.optim.Optimizer, batch: dict) -> None:
     optimizer.zero_grad()
 
 
-def _encode(encoder, batch: dict) -> None:
+def _encode(encoder: PreTrainedModel, batch: dict) -> None:
     """Return hidden states."""
     batch = {name: value for name, value in batch.items() if name != "labels"}
     with (

@@ -30,15 +30,22 @@ import tempfile
 import threading
 import time
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from transformers import PreTrainedModel, TrainerControl, TrainerState
+
+    from stformer_hf import CellStore, GeneTokenizer
 
 SETTINGS: dict[str, Any] = {
     "size": "tiny",
@@ -163,7 +170,7 @@ def _cells(args: argparse.Namespace, folder: Path) -> tuple:
     return store, sets
 
 
-def _of_common_types(cells):
+def _of_common_types(cells: AnnData) -> AnnData:
     """Choose the cells of types that are not too rare, by their Ensembl ids."""
     cells.var_names = cells.var["ensembl_id"].astype(str)
     cells = cells[:, ~cells.var_names.duplicated()]
@@ -211,7 +218,7 @@ def _run_here(args: argparse.Namespace, folder: Path) -> None:
     store, tokenizer, start, sets = _make(args, folder)
     types = {name: cells.obs["cell_type"].astype(str).to_numpy() for name, cells in sets.items()}
 
-    def scored(record: dict, model) -> dict:
+    def scored(record: dict, model: PreTrainedModel) -> dict:
         states = _embed(model, tokenizer, sets, "cpu")
         return {**record, "scores": {name: score(states[name], types[name], args.seed) for name in sets}}
 
@@ -253,7 +260,9 @@ def _run_prepared(args: argparse.Namespace, folder: Path) -> None:
                 print(json.dumps(ended[-1][0]), flush=True)
 
 
-def _run_one(args: argparse.Namespace, folder: Path, name: str, seed: int, together) -> tuple[dict, dict]:
+def _run_one(
+    args: argparse.Namespace, folder: Path, name: str, seed: int, together: threading.Barrier
+) -> tuple[dict, dict]:
     """Make one run in a process of the pool; returns its record, and the embeddings."""
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high" if args.device == "cuda" else "highest")  # TF32
@@ -280,14 +289,24 @@ def _run_one(args: argparse.Namespace, folder: Path, name: str, seed: int, toget
     return record, _embed(model, tokenizer, sets, args.device)
 
 
-def _step_0(store, tokenizer, args: argparse.Namespace) -> dict:
+def _step_0(store: CellStore, tokenizer: GeneTokenizer, args: argparse.Namespace) -> dict:
     """Say what all runs begin with."""
     about = {"cells": len(store), "genes": len(tokenizer.genes), "split_seed": args.seed, **SETTINGS}
     return {"run": START, "seed": args.seed, "steps": 0, "about": about}
 
 
 def _train(
-    model, tokenizer, store, name: str, seed: int, args, folder: Path, *, clock, wait=None, device: str = "cpu"
+    model: PreTrainedModel,
+    tokenizer: GeneTokenizer,
+    store: CellStore,
+    name: str,
+    seed: int,
+    args: argparse.Namespace,
+    folder: Path,
+    *,
+    clock: Callable[[], float],
+    wait: Callable[[], None] | None = None,
+    device: str = "cpu",
 ) -> dict:
     """Train a model until the minutes are over, by a clock; returns what the logs say."""
     from transformers import TrainerCallback, TrainingArguments, set_seed
@@ -297,7 +316,7 @@ def _train(
     class StopInTime(TrainerCallback):
         """Ends the training when its time is used up; the time begins when all runs of a wave are ready."""
 
-        def on_step_end(self, args_, state, control, **kwargs):
+        def on_step_end(self, args_: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
             if state.global_step == _UNTIMED_STEPS:
                 if wait is not None:
                     wait()
@@ -305,7 +324,7 @@ def _train(
             used = clock() - self.began if state.global_step >= _UNTIMED_STEPS else 0
             control.should_training_stop = used > 60 * args.minutes
 
-        def on_train_end(self, args_, state, control, **kwargs):
+        def on_train_end(self, *_: Any, **kwargs: Any) -> None:
             self.seconds = clock() - self.began
 
     set_seed(seed)
@@ -365,7 +384,9 @@ def _train(
     }
 
 
-def _embed(model, tokenizer, sets: dict, device: str) -> dict[str, np.ndarray]:
+def _embed(
+    model: PreTrainedModel, tokenizer: GeneTokenizer, sets: dict[str, AnnData], device: str
+) -> dict[str, np.ndarray]:
     """Embed the labelled cells."""
     from stformer_hf import embed
 
@@ -504,7 +525,7 @@ def table(runs: list[dict]) -> str:
         found = row["sets"][of][kind]
         return f"{found['difference']:+.3f}" + ("" if found["error"] is None else f" ± {found['error']:.3f}")
 
-    def markdown(rows: list[dict], content) -> str:
+    def markdown(rows: list[dict], content: Callable[[dict, str], str]) -> str:
         lines = [
             f"| objectives | views | seeds | steps | {' | '.join(sets)} |",
             "|---" * (4 + len(sets)) + "|",

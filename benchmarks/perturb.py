@@ -15,6 +15,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,9 @@ from scipy.stats import spearmanr
 
 from .data import _n_cores
 from .harness import clock, print_table, take_turns
+
+if TYPE_CHECKING:
+    from stformer_hf import GeneBertModel, GeneTokenizer
 
 # Genes that interferon induces in blood cells; chosen before any result was seen, from the hallmark of the response
 # to interferon alpha (Liberzon et al. 2015).
@@ -205,7 +209,7 @@ def simulate(n_donors: int, n_cells: int, n_genes: int, n_drivers: int, donor_sd
     return AnnData(sparse.csr_matrix(counts.astype(np.float32)), obs=obs, var=var)
 
 
-def _started(cells: AnnData):
+def _started(cells: AnnData) -> tuple[GeneBertModel, GeneTokenizer]:
     """Return a tiny model at its spectral start, and its tokenizer."""
     from stformer_hf import GeneBertConfig, GeneBertModel, GeneTokenizer, initialise_from_store
     from stformer_hf.models.gene_bert.configuration_gene_bert import WHOLE_CELL

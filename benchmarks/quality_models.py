@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from anndata import AnnData
 
 from .quality_data import GROUP, LABEL, load_others
+
+if TYPE_CHECKING:
+    from stformer_hf import GeneBertModel
 
 ROWS = ("start", "finetuned", "random_start", "reference")
 FEW_ROWS = ("start", "random_start", "start_elsewhere", "pretrained_elsewhere")
@@ -99,12 +102,12 @@ def embed(cells: AnnData, seed: int) -> np.ndarray:
 
 
 @functools.cache
-def _started_elsewhere(folder: Path):
+def _started_elsewhere(folder: Path) -> GeneBertModel:
     return spectral_start(load_others(folder), seed=0)
 
 
 @functools.cache
-def _pretrained_elsewhere(folder: Path):
+def _pretrained_elsewhere(folder: Path) -> GeneBertModel:
     """Pretrain by the recipe, whose start is that of `_started_elsewhere`."""
     from stformer_hf import GeneBertModel, GeneTokenizer
     from stformer_hf.cli import main
@@ -120,7 +123,7 @@ def _pretrained_elsewhere(folder: Path):
     return model
 
 
-def spectral_start(cells: AnnData, seed: int):
+def spectral_start(cells: AnnData, seed: int) -> GeneBertModel:
     """Make an encoder with a spectral start on cells, with its tokenizer."""
     import torch
 
@@ -136,7 +139,7 @@ def spectral_start(cells: AnnData, seed: int):
     return model
 
 
-def _annotate(test: AnnData, model) -> np.ndarray:
+def _annotate(test: AnnData, model: GeneBertModel) -> np.ndarray:
     import stformer_hf
 
     test = test.copy()

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,9 @@ from scipy import sparse
 
 from .data import _n_cores
 from .harness import clock, print_table, take_turns
+
+if TYPE_CHECKING:
+    from stformer_hf.space.center_mask_sampler import CenterMaskSampler
 
 SECTION, BATCH = 50_000, 32
 N_GENES, WIDE_GENES = 500, 5_000
@@ -205,7 +209,7 @@ def _time(work: Callable, batches: list, size: int = BATCH) -> float:
 # ---------------------------------------------------------------------- ours
 
 
-def _sampler(folder: Path, n_cells: int, k: int, n_genes: int = N_GENES):
+def _sampler(folder: Path, n_cells: int, k: int, n_genes: int = N_GENES) -> CenterMaskSampler:
     from stformer_hf.space.center_mask_sampler import CenterMaskSampler
 
     return CenterMaskSampler(*_tables(folder, n_cells, n_genes), (k**0.5, k**0.5))
@@ -266,7 +270,7 @@ def _wide_batches(folder: Path, n_cells: int, n_batches: int) -> list:
     return [sampler.__getitems__(batch) for batch in _batches(n_cells, n_batches, WIDE_BATCH)]
 
 
-def _collate_wide(batch, dense: bool) -> dict:
+def _collate_wide(batch: Any, dense: bool) -> dict:
     from stformer_hf.space.neighborhood_collator import collate_neighborhoods
 
     if dense:

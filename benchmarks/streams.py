@@ -112,7 +112,7 @@ def _epoch_of(rank: int, file: Path, port: int, train: bool, split: bool, wait: 
     from transformers import TrainerCallback
 
     class Together(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             wait()
 
     torch.set_num_threads(1)

@@ -17,6 +17,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from anndata import read_h5ad
@@ -226,7 +227,7 @@ def save_geneformers_way(folder: Path) -> float:
 class StringTokenizer(PreTrainedTokenizer):
     """A tokenizer whose input ids are looked up by strings: special tokens and bins."""
 
-    def __init__(self, n_bins: int, **kwargs):
+    def __init__(self, n_bins: int, **kwargs: Any):
         self._words = ["[CLS]", "[EOS]", "[MASK]", "[PAD]", *(f"bin_{i}" for i in range(n_bins))]
         self._ids = {word: i for i, word in enumerate(self._words)}
         super().__init__(cls_token="[CLS]", eos_token="[EOS]", mask_token="[MASK]", pad_token="[PAD]", **kwargs)

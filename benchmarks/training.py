@@ -20,7 +20,7 @@ import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ import torch
 from .data import _n_cores
 from .harness import clock, print_table, take_turns
 from .model import DROPOUT, MAX_LENGTH, _lengths, _mix, _prepare, _told
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 BATCH = 16
 THREADS = 2
@@ -170,7 +173,7 @@ class _Counted:
         self._n_steps, self._clock = 0, clock()
         model.register_forward_pre_hook(self._see, with_kwargs=True)
 
-    def _see(self, model, args, batch) -> None:
+    def _see(self, model: torch.nn.Module, args: tuple, batch: dict) -> None:
         self._n_steps += 1
         if self._n_steps == WARM_UP + 1:
             self._wait()
@@ -194,7 +197,7 @@ class _Counted:
             torch.cuda.synchronize()
 
 
-def _arguments(folder: Path, **settings: Any):
+def _arguments(folder: Path, **settings: Any) -> TrainingArguments:
     """Make the arguments of an epoch."""
     from transformers import TrainingArguments
 
@@ -211,7 +214,7 @@ def _arguments(folder: Path, **settings: Any):
     )
 
 
-def _trainer(folder: Path, size: str, n_cells: int, order: str, stock: bool = False):
+def _trainer(folder: Path, size: str, n_cells: int, order: str, stock: bool = False) -> Trainer:
     from transformers import AutoTokenizer, Trainer
 
     from stformer_hf import CellStore, GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 NOTEBOOKS = Path(__file__).parent / "notebooks"
@@ -35,7 +37,7 @@ FROM_ROOMS = {
 }
 
 
-def on_files(files: Files, config) -> Files:
+def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made from source files."""
     files.append(File.generated(config, "api/index.md", content=api_page()))
     for path in sorted(NOTEBOOKS.glob("*.py")):
@@ -43,7 +45,7 @@ def on_files(files: Files, config) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_) -> str:
+def on_page_markdown(markdown: str, **_: Any) -> str:
     """Remove what tells the tests, not the reader, that a block is not run."""
     return re.sub(r' title="not run in tests: [^"]*"', "", markdown)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -197,7 +197,7 @@ def quality_embedding_differences(results: dict) -> str:
     lines = [f"| cells | {' | '.join(titles)} |", "|---" * (1 + len(titles)) + "|"]
     for name, rows in _quality(results, "zero"):
         # Clusters are made of all cells, so that the folds have no training cells.
-        ratio = np.mean(np.divide(rows["start"]["n_test"], rows["start"]["n_train"]))
+        ratio = float(np.mean(np.divide(rows["start"]["n_test"], rows["start"]["n_train"])))
         ratios = {"knn": ratio, "probe": ratio, "ari": 0.0}
         shown = [
             _interval(np.subtract(rows["start"][figure], rows[other][figure]), ratios[figure], bold_apart=True)
@@ -227,7 +227,9 @@ def quality_starts(results: dict) -> str:
     return "\n".join(lines)
 
 
-def _quality(results: dict, table: str, only: str | None = None, labels: int = 0):
+def _quality(
+    results: dict, table: str, only: str | None = None, labels: int = 0
+) -> Iterator[tuple[str, dict[str, dict[str, list]]]]:
     """Return the rows of each set: row -> figure -> values, in the order of the splits."""
     for name in SETS if only is None else [only]:
         records = [r for r in results["results"] if (r["table"], r["set"], r["labels"]) == (table, name, labels)]
