@@ -305,7 +305,7 @@ def _attentions_of(encoder: PreTrainedModel) -> list[GeneBertAttention]:
 
 
 def _attention(
-    encoder: PreTrainedModel, attentions: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, *_: Any
+    encoder: PreTrainedModel, attentions: list[GeneBertAttention], batch: TokenBatch, of_token: np.ndarray, *_: Any
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each cell, its tokens that are genes of the network, and their attention: float array (k, length)."""
     total: list[torch.Tensor] = []
@@ -328,7 +328,12 @@ def _attention(
 
 
 def _gradients(
-    encoder: PreTrainedModel, _: list[nn.Module], batch: TokenBatch, of_token: np.ndarray, n_targets: int, seed: int
+    encoder: PreTrainedModel,
+    _: list[GeneBertAttention],
+    batch: TokenBatch,
+    of_token: np.ndarray,
+    n_targets: int,
+    seed: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield each cell, one of its tokens as the target, and the gradient norms of all tokens: float array (1, length).
 

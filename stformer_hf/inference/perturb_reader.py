@@ -120,8 +120,8 @@ class Reader:
     def _forward(self, batch: TokenBatch, of_genes: OfGenes | None) -> tuple[np.ndarray, np.ndarray | None]:
         inputs, types = batch.inputs, batch.types
         if not self.heads and of_genes is None:
-            states = pooled_states(self.model, inputs, types, hidden_layer=self.hidden_layer, pooling=self.pooling)
-            return unit_length(states).cpu().numpy(), None
+            pooled = pooled_states(self.model, inputs, types, hidden_layer=self.hidden_layer, pooling=self.pooling)
+            return unit_length(pooled).cpu().numpy(), None
         outputs = self.model(**inputs, output_hidden_states=True)
         hidden, boundaries = outputs.hidden_states[self.hidden_layer], inputs.get("cu_seq_lens_q")
         pooled = pool(hidden, types, inputs.get("attention_mask"), self.pooling, boundaries)

@@ -100,7 +100,7 @@ def write_model_card(
     metadata = ModelCardData(
         library_name="transformers",
         license=None if license is None else _plain(license),
-        language=language,
+        language=language if language is None or isinstance(language, str) else list(language),
         tags=list(dict.fromkeys(["stformer_hf", "biology", "single-cell", "transcriptomics", *spatial, *own_tags])),
         pipeline_tag={"cells": of_cells, "genes": None}.get(kind, "feature-extraction"),
         base_model=base_model if is_hub_id(base_model) else None,

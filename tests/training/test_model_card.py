@@ -279,8 +279,9 @@ def test_only_names_of_the_hub_become_metadata(cells, genes, tmp_path):
     data = ModelCard.load(path).data
     assert (data.base_model, data.datasets) == (None, ["someone/pbmc"])
     assert rows(path, "Training")["started from"] == "pretrained" and "secret" not in path.read_text()
-    path = write_model_card(tmp_path, base_model="someone/gene-bert", **known)
-    assert ModelCard.load(path).data.base_model == "someone/gene-bert"
+    path = write_model_card(tmp_path, base_model="someone/gene-bert", language=("en", "de"), **known)
+    data = ModelCard.load(path).data
+    assert (data.base_model, data.language) == ("someone/gene-bert", ["en", "de"])
     assert [is_hub_id(name) for name in (None, "", "a/b/c", "x--y", "bert", str(local))] == [False] * 4 + [True, False]
 
 

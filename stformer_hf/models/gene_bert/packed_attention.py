@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.masking_utils import BlockMask, create_bidirectional_mask, packed_sequence_mask_function
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)

@@ -161,18 +161,22 @@ class VocabularyTokenizer(PreTrainedTokenizer):
 
     # ------------------------------------------------------------------ cells as text
 
-    def build_inputs_with_special_tokens(self, token_ids_0: Iterable[int], token_ids_1: None = None) -> list[int]:
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: Iterable[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """Return the ids between `[CLS]` and `[EOS]`."""
         return [self.cls_token_id] * self.add_cls + [*token_ids_0] + [self.eos_token_id] * self.add_eos
 
-    def create_token_type_ids_from_sequences(self, token_ids_0: list[int], token_ids_1: None = None) -> list[int]:
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
         """Return the token types of a cell written as text, with `[CLS]` and `[EOS]`; see `prepare_for_model`."""
         return self._types_of_text(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def prepare_for_model(
         self,
         ids: list[int],
-        pair_ids: None = None,
+        pair_ids: list[int] | None = None,
         add_special_tokens: bool = True,
         *,
         return_tensors: str | None = None,
@@ -217,7 +221,7 @@ class VocabularyTokenizer(PreTrainedTokenizer):
     # ------------------------------------------------------------------ masks
 
     def get_special_tokens_mask(
-        self, token_ids_0: _Ids, token_ids_1: None = None, already_has_special_tokens: bool = False
+        self, token_ids_0: _Ids, token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> _Ids | list[int]:
         """Return a mask of the special tokens.
 
