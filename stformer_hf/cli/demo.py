@@ -362,7 +362,7 @@ def _draw(
             LABEL,
             {"GeneBert, pretrained": "X_stformer", "PCA50": "X_pca"},
             outlined="held out",
-            random_state=args.seed,
+            seed=args.seed,
             save=pictures["umap"],
         )
     torch.set_num_threads(n_threads)  # umap sets torch's threads to one

@@ -32,7 +32,7 @@ def umap(
     *,
     use_rep: str = "X_stformer",
     title: str = "",
-    random_state: int = 0,
+    seed: int = 0,
     save: str | Path | None = None,
 ) -> Axes:
     """Plot a UMAP of an embedding, coloured by a column of obs.
@@ -50,7 +50,7 @@ def umap(
         Column of obs, or gene; coloured as scanpy does.
     use_rep : str, default: "X_stformer"
         Key of the embedding in obsm.
-    random_state : int, default: 0
+    seed : int, default: 0
         Seed of the UMAP.
     title, save
         As for `loss_curves`.
@@ -67,7 +67,7 @@ def umap(
     if color not in adata.obs and color not in genes:
         raise _unknown_color(adata, color)
     own = "X_umap" not in adata.obsm or adata.uns.get(_OWN_UMAP) == _checksum(adata.obsm["X_umap"])
-    places = _write_umap(adata, use_rep, random_state)
+    places = _write_umap(adata, use_rep, seed)
     if own:
         adata.obsm["X_umap"], adata.uns[_OWN_UMAP] = places, _checksum(places)
     ax = new_axes(8, 5)
@@ -97,15 +97,15 @@ def _checksum(places: np.ndarray) -> int:
     return zlib.crc32(np.ascontiguousarray(places).tobytes())
 
 
-def _write_umap(adata: AnnData, key: str, random_state: int) -> np.ndarray:
+def _write_umap(adata: AnnData, key: str, seed: int) -> np.ndarray:
     """Compute the UMAP of `obsm[key]` into `obsm[f"{key}_umap"]`, and return it: float32 (n_cells, 2)."""
     import scanpy as sc
     from anndata import AnnData
 
     must_have(adata.obsm, "obsm", key)
     bare = AnnData(obs=adata.obs[[]], obsm={key: np.asarray(adata.obsm[key])})
-    sc.pp.neighbors(bare, use_rep=key, random_state=random_state)
-    sc.tl.umap(bare, random_state=random_state)
+    sc.pp.neighbors(bare, use_rep=key, random_state=seed)
+    sc.tl.umap(bare, random_state=seed)
     adata.obsm[f"{key}_umap"] = bare.obsm["X_umap"]
     return bare.obsm["X_umap"]
 
@@ -117,7 +117,7 @@ def umaps(
     *,
     outlined: str | None = None,
     title: str = "",
-    random_state: int = 0,
+    seed: int = 0,
     save: str | Path | None = None,
 ) -> np.ndarray:
     """Plot UMAPs of multiple embeddings of the same cells side by side, with one legend.
@@ -134,7 +134,7 @@ def umaps(
         Title of a panel -> key of obsm.
     outlined : str, optional
         Boolean column of obs: these cells get a black edge, and are drawn last; missing values are False.
-    random_state : int, default: 0
+    seed : int, default: 0
         Seed of the UMAPs.
     title, save
         As for `loss_curves`.
@@ -166,7 +166,7 @@ def umaps(
     panels = panels[0]
     size = float(np.clip(20_000 / max(adata.n_obs, 1), 1, 40))
     for panel, (name, key) in zip(panels, use_reps.items(), strict=True):
-        places = _write_umap(adata, key, random_state)
+        places = _write_umap(adata, key, seed)
         for cells, edge in ((order[~edged[order]], "none"), (order[edged[order]], "black")):
             panel.scatter(*places[cells].T, c=colours[cells], s=size, linewidths=0.7, edgecolors=edge, rasterized=True)
         panel.set_title(name)
@@ -186,7 +186,7 @@ def mapping(
     reference_color: str | None = None,
     use_rep: str = "X_stformer",
     title: str = "",
-    random_state: int = 0,
+    seed: int = 0,
     save: str | Path | None = None,
 ) -> np.ndarray:
     """Plot a query and its reference in one UMAP, coloured by origin, and by label.
@@ -203,7 +203,7 @@ def mapping(
         Column of the reference's obs; `color` by default.
     use_rep : str, default: "X_stformer"
         Key of the embeddings in obsm.
-    random_state : int, default: 0
+    seed : int, default: 0
         Seed of the UMAP.
     title, save
         As for `loss_curves`.
@@ -227,7 +227,7 @@ def mapping(
         obs = pd.DataFrame({color: cells.obs[column].astype(object)}, index=cells.obs_names)
         parts[name] = anndata.AnnData(obs=obs, obsm={use_rep: np.asarray(cells.obsm[use_rep])})
     joint = anndata.concat(parts, label="cells", index_unique=" ")
-    places = _write_umap(joint, use_rep, random_state)
+    places = _write_umap(joint, use_rep, seed)
     size = float(np.clip(20_000 / joint.n_obs, 1, 40))
     figure, panels = plt.subplots(1, 2, figsize=(13, 4.8), layout="constrained")
     for panel, column in zip(panels, ("cells", color), strict=True):
