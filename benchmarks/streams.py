@@ -75,8 +75,21 @@ def first(folder: Path, n_cells: int, of: int, split: bool) -> float:
     """Make the batches of an epoch for the first of several processes."""
     from accelerate.data_loader import BatchSamplerShard
 
+    from stformer_hf.training.streams import read_stream
+
     trainer = _trainer(folder / f"{n_cells}.h5ad", 0, of, split)
-    batches, numbers = trainer._read_stream(trainer.train_dataset, BATCH)
+    batches, numbers = read_stream(
+        trainer.train_dataset,
+        trainer.args,
+        BATCH,
+        trainer.data_collator,
+        max_tokens_per_batch=None,
+        packing=False,
+        max_cells=None,
+        seed=trainer.seed_of_order,
+        tokenizer=trainer.processing_class,
+        mark=None,
+    )
     with clock():
         for (number,) in BatchSamplerShard(numbers, of, 0):
             batches[number]

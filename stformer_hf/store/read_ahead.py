@@ -48,6 +48,7 @@ class ReadAhead:
     """Decides whether to ask for the pages of a batch: not where they are in memory, since asking costs time too.
 
     Off, it looks at every fourth batch; one during which the process waited for pages turns it on, for 128 batches.
+    Threads may share it: they may then look at fewer batches.
     """
 
     def __init__(self) -> None:
@@ -71,10 +72,9 @@ class ReadAhead:
 
     def look(self) -> None:
         """Turn it on if the batch that was just read had to wait."""
-        if self._waits is not None:
-            if _waits() > self._waits:
-                self._left = _BATCHES + 1
-            self._waits = None
+        before, self._waits = self._waits, None  # once: another thread may look at the same time
+        if before is not None and _waits() > before:
+            self._left = _BATCHES + 1
 
 
 def _waits() -> int:

@@ -82,6 +82,22 @@ def test_it_turns_off_when_batches_no_longer_wait(monkeypatch):
     assert is_on == [False] * 9 + [True] * 128 + [False] * 263
 
 
+def test_a_thread_may_look_while_another_does(monkeypatch):
+    ahead, counted = ReadAhead(), []
+    ahead._works = True
+
+    def waits():
+        counted.append(None)
+        if len(counted) == 2:  # of `look`: the other thread looks now, to its end
+            ahead.look()
+        return 0
+
+    monkeypatch.setattr(read_ahead, "_waits", waits)
+    ahead.ask_for(list)
+    ahead.look()
+    assert len(counted) == 2 and ahead._left <= 0
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped from the cache by a call of Linux")
 def test_it_is_on_after_a_wait_for_the_disk_and_else_off(tmp_path):
     import resource
