@@ -24,11 +24,12 @@ from ..evaluation.metrics import expected_calibration_error
 from .loading import find_installed, is_model, unwrap
 
 CALIBRATION_FILE = "out_of_fold.safetensors"
-# bfloat16 changes the sketch of random weights by 0.0015 of their norm (standard deviation).
-_ROUNDING, _LEAST_ROUNDING = 0.01, 1e-7
+# bfloat16 changes the sketch of random weights by 0.0015 of their norm (standard deviation), and other machines, which
+# merge adapters and add up in another order, by less than 0.0001.
+_ROUNDING, _NOISE, _LEAST = 0.01, 1e-4, 1e-7
 _SIGNS = np.random.RandomState(0).permutation(np.tile([-1.0, 1.0], 2049))  # the same in all versions of numpy
 
-Sketch = dict[str, tuple[int, float, float]]
+Sketch = dict[str, tuple[int, float, float, bool]]
 
 
 @dataclass
@@ -47,7 +48,7 @@ class OutOfFold:
         Distance of the state of each cell to the nearest centroid of a class, by a model that has not seen it.
     centroids : float32 array (n_classes, d), optional
         Mean states of the classes, for the distances of other cells.
-    weights : dict of str to (int, float, float), optional
+    weights : dict of str to (int, float, float, bool), optional
         Sketch of the weights of the classifier, see `sketch_of`; None in files of earlier versions.
     """
 
@@ -73,7 +74,7 @@ class OutOfFold:
 
 
 def sketch_of(model: nn.Module) -> Sketch:
-    """Return the size of each weight of a model, its norm, and its sum with random signs.
+    """Return the size of each weight of a model, its norm, its sum with random signs, and if half precision holds it.
 
     Quantised weights are left out.
     """
@@ -82,24 +83,27 @@ def sketch_of(model: nn.Module) -> Sketch:
         is_plain = type(tensor) is torch.Tensor and tensor.is_floating_point() and tensor.element_size() > 1
         if not is_plain or tensor.is_meta:
             continue
-        values = tensor.to("cpu", torch.float32).numpy().ravel()
+        weight = tensor.to("cpu", torch.float32)
+        is_half = any(torch.equal(weight.to(dtype).float(), weight) for dtype in (torch.bfloat16, torch.float16))
+        values = weight.numpy().ravel()
         whole = len(values) - len(values) % len(_SIGNS)
         sums = values[:whole].reshape(-1, len(_SIGNS)).sum(axis=0, dtype=np.float64)
         sums[: len(values) - whole] += values[whole:]
-        found[name] = len(values), float(np.linalg.norm(values)), float(sums @ _SIGNS)
+        found[name] = len(values), float(np.linalg.norm(values)), float(sums @ _SIGNS), is_half
     return found
 
 
 def changed_weight(before: Sketch, model: nn.Module) -> str | None:
-    """Return the name of a weight that differs from its sketch by more than half precision rounds; None if none does.
+    """Return the name of a weight that differs from its sketch; None if none does.
 
-    Weights that are quantised now are not compared.
+    A weight that is, or was, in half precision may differ by as much as that rounds. Weights that are quantised now
+    are not compared.
     """
     now = sketch_of(model)
     for name in filter(now.__contains__, before):
-        (size, *numbers), (size_now, *numbers_now) = before[name], now[name]
-        rounding = _ROUNDING * numbers[0] + _LEAST_ROUNDING * np.sqrt(size)
-        if size != size_now or not np.allclose(numbers_now, numbers, rtol=0, atol=rounding):
+        (size, *numbers, was_half), (size_now, *numbers_now, is_half) = before[name], now[name]
+        allowed = (_ROUNDING if was_half or is_half else _NOISE) * numbers[0] + _LEAST * np.sqrt(size)
+        if size != size_now or not np.allclose(numbers_now, numbers, rtol=0, atol=allowed):
             return name
     return None
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import stformer_hf as sf
-from stformer_hf.training.calibration import CALIBRATION_FILE, changed_weight, load_out_of_fold, sketch_of
+from stformer_hf.training.calibration import CALIBRATION_FILE, changed_weight, load_out_of_fold, sign, sketch_of
 
 pytestmark = pytest.mark.usefixtures("two_folds")
 STALE = "not those of this model: it was trained further"
@@ -75,6 +75,21 @@ def test_one_step_of_the_stock_trainer_is_noticed(classifier, trained, cells, tm
     classifier.save_pretrained(folder)
     with pytest.raises(ValueError, match=STALE):
         rejects(cells, str(folder))
+
+
+@pytest.mark.parametrize("part", ["", "classifier"])
+def test_a_short_training_is_noticed_also_where_no_weight_is_0(part, classifier, cells, tmp_path):
+    """As after pretraining: a weight of 0 shows the smallest step."""
+    with torch.no_grad():
+        for weight in classifier.parameters():
+            weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+    sign(classifier.out_of_fold, classifier)
+    rejects(cells, classifier)
+    for name, weight in classifier.named_parameters():
+        weight.requires_grad_(name.startswith(part))
+    train(classifier, cells, tmp_path, max_steps=5, learning_rate=1e-5)
+    with pytest.raises(ValueError, match=STALE):
+        rejects(cells, classifier)
 
 
 def test_an_adapter_is_noticed_once_it_changes_something(classifier, cells, tmp_path):
