@@ -89,10 +89,12 @@ def _check_output(data: str, output: Path, overwrite: bool, suffixes: Sequence[s
 def _check_names(cells: AnnData | CellStore, output: str) -> None:
     """Raise a ValueError for a name that the output cannot hold, before the work."""
     if isinstance(cells, CellStore):
-        check_names(cells.obs.columns, "obs", output)
+        check_names(cells.obs, "obs", output)
         return
     for part in ("obs", "var", "obsm", "varm", "uns"):
         check_names(getattr(cells, part), part, output)
+    if cells.raw is not None:
+        check_names(cells.raw.var, "raw.var", output)
     for part in ("obsp", "varp", "layers"):  # from anndata 0.13 on, X is a layer, None
         check_names([*filter(None, getattr(cells, part))], part, output)
 
@@ -102,8 +104,10 @@ def check_names(names: Iterable[str], part: str, output: str, what_to_do: str = 
     suffix = Path(output).suffix.lower()
     if suffix == ".csv" or (suffix == ".h5ad" and not _OF_ANNDATA_0_13):
         return
-    for name in names:
-        where = f"{part}[{str(name)!r}]"
+    places = {f"{part}[{str(name)!r}]": name for name in names}
+    if isinstance(names, pd.DataFrame):
+        places[f"{part}.index.name {str(names.index.name)!r}"] = names.index.name
+    for where, name in places.items():
         if "/" in str(name):
             raise ValueError(f"--output {output}: {suffix[1:]} cannot hold names with a slash, {where}. {what_to_do}.")
         value = names[name] if isinstance(names, Mapping) else None

@@ -1,6 +1,7 @@
 """The files that the verbs read and write: larger than memory, and nothing of the input lost."""
 
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -129,6 +130,20 @@ def test_names_that_the_output_cannot_hold_are_named_before_the_work(adata, mode
     files.check_names(inner, "obsm", "out.csv")
     with pytest.raises(ValueError, match=r"a slash, obsm\['scores'\]\['p/q'\]"):
         files.check_names(inner, "obsm", "out.zarr")
+
+
+@pytest.mark.parametrize(
+    "where", ["obs.index.name 'i/d'", "var.index.name 'i/d'", "uns['t'].index.name 'i/d'", "raw.var['x/y']"]
+)
+def test_nor_can_it_hold_the_name_of_an_index_or_a_column_of_raw(where, adata):
+    adata.raw, adata.uns["t"] = adata, pd.DataFrame({"a": range(3)})
+    if where.startswith("raw"):
+        adata.raw.var["x/y"] = 1
+    else:
+        (adata.uns["t"] if where.startswith("uns") else getattr(adata, where[:3])).index.name = "i/d"
+    files._check_names(adata, "out.csv")
+    with pytest.raises(ValueError, match=f"zarr cannot hold names with a slash, {re.escape(where)}. Rename it"):
+        files._check_names(adata, "out.zarr")
 
 
 def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_path, capsys, monkeypatch):
