@@ -14,7 +14,11 @@ _OURS = ("gene_bert", "cell_neighborhood")
 
 
 def check_arguments(trainer: Trainer) -> None:
-    """Raise a ValueError for arguments that would have no effect, or an effect other than documented."""
+    """Raise a ValueError for arguments, or a method, that would have no effect, or one other than documented."""
+    if type(trainer)._get_train_sampler is not Trainer._get_train_sampler:
+        raise ValueError(
+            f"{type(trainer).__name__} overrides _get_train_sampler, which has no effect: override get_train_sampler."
+        )
     args, config = trainer.args, getattr(trainer.model, "config", None)
     model_type = getattr(config, "model_type", None)
     if getattr(trainer.data_collator, "packing", False) and model_type != "gene_bert":

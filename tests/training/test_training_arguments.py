@@ -378,6 +378,19 @@ OVERRIDDEN = {
 }
 
 
+def test_a_sampler_that_is_not_asked_is_refused(store, tokenizer, tmp_path):
+    """Trainer's own hook."""
+
+    class Other(STFormerPretrainer):
+        def _get_train_sampler(self, train_dataset=None):
+            return range(3)
+
+    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    with pytest.raises(ValueError, match="Other overrides _get_train_sampler, .*: override get_train_sampler"):
+        Other(arguments, store, model=model, processing_class=tokenizer)
+
+
 def test_private_methods_that_are_overridden_exist_and_are_listed():
     ours = [kind for kind in (STFormerPretrainer, NeighborhoodTrainer) for kind in kind.__mro__]
     ours = {name for kind in ours if kind.__module__.startswith("stformer_hf") for name in vars(kind)}
