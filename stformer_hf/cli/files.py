@@ -64,10 +64,10 @@ def read(
             _check_names(store, output)
         return store, None
     adata, layer = read_anndata(data, layer, backed=blockwise)
+    if adata.isbacked and isinstance(adata.file["obs"], h5py.Dataset):  # anndata < 0.7, which `write` cannot add to
+        adata = adata.to_memory()
     if output is not None:
         _check_names(adata, output)
-    if adata.isbacked and isinstance(adata.file["obs"], h5py.Dataset):  # anndata < 0.7, which `write` cannot add to
-        return adata.to_memory(), layer
     return adata, layer
 
 
@@ -91,7 +91,11 @@ def _check_names(cells: AnnData | CellStore, output: str) -> None:
     if isinstance(cells, CellStore):
         check_names(cells.obs, "obs", output)
         return
-    for part in ("obs", "var", "obsm", "varm", "uns"):
+    for part in ("obs", "obsm", "uns"):
+        check_names(getattr(cells, part), part, output)
+    if cells.isbacked and Path(output).suffix.lower() == ".h5ad":
+        return  # a copy of the file has the other names, see `write`
+    for part in ("var", "varm"):
         check_names(getattr(cells, part), part, output)
     if cells.raw is not None:
         check_names(cells.raw.var, "raw.var", output)

@@ -146,6 +146,21 @@ def test_nor_can_it_hold_the_name_of_an_index_or_a_column_of_raw(where, adata):
         files._check_names(adata, "out.zarr")
 
 
+@pytest.mark.skipif(files._OF_ANNDATA_0_13, reason="this anndata writes no such file")
+def test_names_that_are_copied_with_a_file_may_have_a_slash(adata, model, tmp_path, monkeypatch):
+    adata.var["x/y"] = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adata.write_h5ad(tmp_path / "in.h5ad")
+    monkeypatch.setattr(files, "_OF_ANNDATA_0_13", True)
+    words = ["embed", "--data", str(tmp_path / "in.h5ad"), "--model", model, "--output"]
+    assert main([*words, str(tmp_path / "out.h5ad")]) == 0
+    assert (read_h5ad(tmp_path / "out.h5ad").var["x/y"] == 1).all()
+    for output, blockwise in (("other.h5ad", False), ("other.zarr", True)):
+        with pytest.raises(ValueError, match=r"cannot hold names with a slash, var\['x/y'\]"):
+            files.read(str(tmp_path / "in.h5ad"), str(tmp_path / output), blockwise=blockwise)
+
+
 def test_nor_can_it_hold_the_labels_of_a_model(adata, config, tokenizer, tmp_path, capsys, monkeypatch):
     config.id2label, config.problem_type = {0: "B", 1: "CD4/CD8"}, "multi_label_classification"
     GeneBertForClassification(config).save_pretrained(tmp_path / "model")
