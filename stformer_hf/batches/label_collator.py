@@ -195,8 +195,8 @@ def refuse_minus_100(name: str, numbers: np.ndarray) -> None:
     n_cells = int((numbers.astype(np.float32) == IGNORE).sum())  # the dtype that the model gets
     if n_cells:
         raise ValueError(
-            f"{name!r} is {IGNORE} for {n_cells} cells. This value means that there is no label, so these cells would "
-            "be ignored: leave them out, or rescale the numbers."
+            f"{name!r} is {IGNORE} for {n_cells} cells. transformers ignores cells with this value: remove them, or "
+            "rescale the numbers."
         )
 
 

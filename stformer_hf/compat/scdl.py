@@ -142,7 +142,18 @@ class SingleCellMemMapDataset(Dataset):
             self.load_h5ad(h5ad_path)
 
     def load(self, stored_path: str | Path) -> None:
-        """Open the dataset at a path, in place of the current one; a FileNotFoundError if there is no whole one."""
+        """Open a dataset, which replaces the current one.
+
+        Parameters
+        ----------
+        stored_path : str or Path
+            Folder of the dataset.
+
+        Raises
+        ------
+        FileNotFoundError
+            The folder does not exist, or its conversion was interrupted.
+        """
         try:
             store = CellStore(stored_path)
         except FileNotFoundError as error:

@@ -151,7 +151,7 @@ def count_neighbors(store: CellStore) -> np.ndarray:
 
 
 def choose(known: Mapping[str, Any], names: Sequence[str], of: str) -> list:
-    """Return the variables of genes or cells with these names; raise a ValueError if there is no such variable."""
+    """Return the variables of genes or cells with these names; raise a ValueError if one does not exist."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"No {of} variable {unknown[0]!r}; variables are {', '.join(known)}.")

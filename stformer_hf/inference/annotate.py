@@ -98,9 +98,9 @@ def annotate(
     Raises
     ------
     ValueError
-        The model is not a classifier of cells, or its head was not trained; it has no out-of-fold predictions to
-        reject cells by, or was trained further since; an option is invalid, or needs classes; there are no counts,
-        or too few of the model's genes; the tokenizer does not fit; outputs are not finite.
+        The model is not a classifier of cells, or its head was not trained. With `reject`: it has no out-of-fold
+        predictions, or was trained after they were made. An option is invalid, or requires classes. The cells have no
+        counts, or too few of the model's genes. The tokenizer does not fit, or outputs are not finite.
     FileNotFoundError, TypeError
         As for `embed`.
 

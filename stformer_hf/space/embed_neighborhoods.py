@@ -94,8 +94,8 @@ def embed_neighborhoods(
     Raises
     ------
     ValueError
-        The model is of another kind; options are unknown, or missing; there are no counts, or values are not counts;
-        the data have under a tenth of the model's genes; cell types are unknown to the model; and as for
+        The model is of another kind; options are unknown, or missing; counts are missing, or values are not counts;
+        the data have less than a tenth of the model's genes; cell types are unknown to the model; and as for
         `CenterMaskSampler.from_anndata`: coordinates are missing or NaN, or columns are missing.
 
     Notes

@@ -1,5 +1,6 @@
 """Pipelines of transformers that read the cells of an AnnData: cell-embedding and cell-classification."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,9 +64,9 @@ class _CellPipeline(Pipeline):
             raise ValueError("There are no cells.")
         return {"results": results, "n_genes": n_genes}
 
+    @abstractmethod
     def _read(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Return the results of a batch of n cells, Tensor (n, d); each pipeline defines it."""
-        raise NotImplementedError
+        """Return the results of a batch of n cells, Tensor (n, d)."""
 
 
 class CellEmbeddingPipeline(_CellPipeline):

@@ -89,7 +89,7 @@ def decode_loss(
     log_means = log_means.masked_fill(~targets, 0.0)
     of_zero = log_dispersion.exp() * logsigmoid(log_dispersion - log_means)
     log_likelihood = (of_zero * targets).sum(-1)
-    # Most genes have no count: start from zeros everywhere, and replace the terms of the others.
+    # Most genes have no count: start from zeros everywhere, and replace the terms of the others (and 0 by itself).
     more = nb_log_likelihood(counts, log_means[rows, genes], log_dispersion[genes]) - of_zero[rows, genes]
-    log_likelihood = log_likelihood.index_add(0, rows, more.masked_fill(~counted, 0))
+    log_likelihood = log_likelihood.index_add(0, rows, more)
     return -mean_of(log_likelihood / totals.masked_fill(~scored, 1), scored), scored.sum()

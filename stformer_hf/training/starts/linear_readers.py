@@ -179,8 +179,8 @@ class Problem:
     def that_count(self, known: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return which of some cells count in a test of a model that was fitted to known labels, and their labels.
 
-        A cell counts if its class is among the known ones, or any of its multiple labels is 0 or 1 as a known one;
-        the others of these become NaN.
+        A cell counts if its class is among the known ones. With multiple labels, it counts if a known cell has the
+        same value, 0 or 1, of any label; values that no known cell has become NaN.
 
         Returns
         -------
