@@ -5,15 +5,17 @@ python -m benchmarks gpu --minutes 8 --out FOLDER
 A step is forward, backward and fused AdamW in bfloat16 (autocast) on rank tokens, with the head and the masks of
 `python -m benchmarks model`; MFU is counted as there, of useful work alone. "mix" are the cells of `--h5ad`, all
 their genes; "1,024" are made cells cut to 1,024 tokens. A batch has about as many tokens as `TOKENS` says.
-"attention" times the attention of one layer alone, on the cells of a "mix" batch. The parts come in the order of their
-worth and share the minutes; a part or row that takes longer than `LIMIT` seconds is stopped, and the JSON is written
-after each, so that a run that is cut short keeps what it has. `--device cpu` runs every line in about a minute, on few
-tokens and a tiny model, in float32, compiled without generating code.
+"attention" times the attention of one layer alone, on the cells of a "mix" batch, by each kernel that is there; a row
+whose kernel is not there is skipped. The parts come in the order of their worth and share the minutes; a part or row
+that takes longer than `LIMIT` seconds is stopped, and the JSON is written after each, so that a run that is cut short
+keeps what it has. `--device cpu` runs all lines that need no kernel of a GPU in about a minute, on few tokens and a
+tiny model, in float32, compiled without generating code.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
 import signal
@@ -26,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,8 +36,7 @@ from anndata import AnnData
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from stformer_hf.models.gene_bert.packed_attention import packed_sdpa_attention_forward
-
+from .gpu_kernels import attention_kernels, fuse_loss, missing, norms_in_half_precision, packed_attention_by
 from .model import LENGTH_MEDIAN, MASKED, PEAKS, _made_cells, make_model, useful_flops
 
 # layers, heads, hidden size, feed-forward size, attention dropout
@@ -45,20 +46,41 @@ TOKENS, CPU_TOKENS = 65_536, 1_024  # of a batch
 CPU_GENES = 2_000
 LIMIT = 150  # seconds of a part or row
 N_BATCHES, CPU_BATCHES = 6, 2  # distinct ones, of other lengths
-# name -> model, how the batch is laid out, attention, what is compiled. Batches of "one size" are packed and filled up
-# with dead tokens (`pad_packed_to`), so that one compilation serves all.
+
+
+class Way(NamedTuple):
+    """How a step is made: model, layout of a batch, attention, what is compiled, and what else differs.
+
+    Batches of "one size" are packed and filled up with dead tokens (`pad_packed_to`): one compilation serves all.
+    """
+
+    model: str = "gene_bert"
+    layout: str = "packed"
+    attention: str = "sdpa"
+    compiled: str | None = None
+    change: str | None = None
+
+
+_LAYERS = Way(layout="one size", compiled="layers")
 CONTENDERS = {
-    "packed": ("gene_bert", "packed", "sdpa", None),
-    "packed, compiled": ("gene_bert", "one size", "sdpa", "model"),
-    "packed, layers compiled": ("gene_bert", "one size", "sdpa", "layers"),
-    "padded": ("gene_bert", "padded", "sdpa", None),
-    "BERT, padded": ("bert", "padded", "sdpa", None),
-    "ModernBERT, padded": ("modernbert_sparse", "padded", "sdpa", None),
-    "packed, one size": ("gene_bert", "one size", "sdpa", None),
-    "padded, compiled": ("gene_bert", "padded", "sdpa", "model"),
-    "packed, flex": ("gene_bert", "packed", "flex_attention", None),
+    "packed": Way(),
+    "packed, compiled": _LAYERS._replace(compiled="model"),
+    "packed, layers compiled": _LAYERS,
+    "packed, layers compiled, cuDNN": _LAYERS._replace(change="cuDNN"),
+    "packed, layers compiled, flash-attn 3": _LAYERS._replace(attention="flash_attention_3"),
+    "packed, layers compiled, flash-attn 4": _LAYERS._replace(attention="flash_attention_4"),
+    "packed, layers compiled, heads of 128": _LAYERS._replace(change="heads of 128"),
+    "padded": Way(layout="padded"),
+    "BERT, padded": Way("bert", "padded"),
+    "ModernBERT, padded": Way("modernbert_sparse", "padded"),
+    "packed, layers compiled, norms in bfloat16": _LAYERS._replace(change="half norms"),
+    "packed, layers compiled, Liger": _LAYERS._replace(change="Liger"),
+    "packed, layers compiled, flash-attn 2": _LAYERS._replace(attention="flash_attention_2"),
+    "packed, one size": Way(layout="one size"),
+    "padded, compiled": Way(layout="padded", compiled="model"),
+    "packed, flex": Way(attention="flex_attention"),
 }
-LATE = ("packed, one size", "padded, compiled", "packed, flex")  # which compile long, or tell least
+LATE = tuple(CONTENDERS)[-6:]  # which compile long, or tell least
 HEADS = {"8 x 64": (8, 64), "4 x 128": (4, 128)}  # of the attention that is timed alone
 
 
@@ -159,6 +181,7 @@ class _Run:
             packing=layout != "padded",
             pad_packed_to=(self.n_tokens, n_cells) if layout == "one size" else None,
         )
+        torch.manual_seed(0)  # of the masks
         for _ in range(self.n_batches):
             sums = np.cumsum(n_tokens[self.rows[mix][at : at + n_cells]])
             n = max(1, int(np.searchsorted(sums, self.n_tokens, side="right")))
@@ -168,17 +191,24 @@ class _Run:
             at = (at + n) % max(1, len(self.rows[mix]) - 2 * n)
         return made, lengths
 
-    def model(self, size: str, mix: str, name: str, attention: str) -> PreTrainedModel:
-        tokenizer = self.tokenizers[mix]
+    def model(self, size: str, mix: str, way: Way) -> PreTrainedModel:
+        """Return the model of a way, on the device."""
+        tokenizer, (layers, heads, hidden, *rest) = self.tokenizers[mix], self.shapes[size]
+        if way.change == "heads of 128":
+            heads = max(1, hidden // 128)
         torch.manual_seed(0)
         net = make_model(
-            name,
-            self.shapes[size],
+            way.model,
+            (layers, heads, hidden, *rest),
             len(tokenizer),
             tokenizer.type_vocab_size,
             tokenizer.pad_token_id,
-            attention=attention,
+            attention=way.attention,
         )
+        if way.change == "half norms":
+            norms_in_half_precision(net)
+        if way.change == "Liger":
+            fuse_loss(net)
         return net.to(self.device).train()
 
     # ------------------------------------------------------------------ parts
@@ -207,39 +237,53 @@ class _Run:
         """Time the steps of one contender."""
 
         def work() -> dict:
+            row, way = {"size": size, "cells": mix, "way": name}, CONTENDERS[name]
+            if lacks := missing(way.attention, self.on_gpu) or missing(way.change, self.on_gpu):
+                return {**row, "skipped": lacks}
             try:
-                return {"size": size, "cells": mix, "way": name, **self.timed_step(size, mix, *CONTENDERS[name])}
+                with packed_attention_by(way.change):
+                    return {**row, **self.timed_step(size, mix, way)}
             except Exception:
-                return {"size": size, "cells": mix, "way": name, "failed": traceback.format_exc()[-1500:]}
+                return {**row, "failed": traceback.format_exc()[-1500:]}
 
         self.part("steps", work)
 
     def attention(self) -> dict[str, dict]:
-        """Time the attention of one layer alone, forward and with backward: packed, or one call per cell on a CPU."""
+        """Time the attention of one layer alone, forward and with backward, by each kernel that is there."""
         batches, lengths = self.batches("mix", "packed")
-        cuts, n_tokens = batches[0]["cu_seq_lens_q"], lengths[0]
-        found = {}
+        n_tokens, given = lengths[0], batches[0]
+        packing = {key: given[key] for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")}
+        dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        found: dict[str, dict] = {}
         for heads, (n_heads, head_dim) in HEADS.items():
+            torch.manual_seed(0)
             shape = (3, 1, n_heads, int(n_tokens.sum()), head_dim)
-            dtype = torch.bfloat16 if self.on_gpu else torch.float32
             states = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
-
-            def forward(states: torch.Tensor = states) -> torch.Tensor:
-                how = {"cu_seq_lens_q": cuts, "max_length_q": int(n_tokens.max())}
-                query, key, value = states
-                return packed_sdpa_attention_forward(
-                    torch.nn.Identity(), query, key, value, None, states.shape[-1] ** -0.5, **how
-                )[0]
-
-            def both(forward: Callable[[], torch.Tensor] = forward) -> None:
-                forward().sum().backward()
-
             flops = 4 * n_heads * head_dim * (n_tokens.astype(float) ** 2).sum()
-            found[heads] = {
-                "forward_tflops": round(flops / self.seconds(forward) / 1e12, 3),
-                "both_tflops": round(3 * flops / self.seconds(both) / 1e12, 3),
-            }
+            expected = None
+            for kernel, attend in attention_kernels(self.on_gpu).items():
+                try:
+                    speeds, out = self.attention_speeds(functools.partial(attend, **packing), states, flops)
+                    expected = out if expected is None else expected
+                    found[f"{kernel}, {heads}"] = {**speeds, "difference": float((out - expected).abs().max())}
+                except Exception:  # such as a kernel that does not support these heads
+                    found[f"{kernel}, {heads}"] = {"failed": traceback.format_exc()[-1000:]}
         return found
+
+    def attention_speeds(
+        self, attend: Callable[..., torch.Tensor], states: torch.Tensor, flops: float
+    ) -> tuple[dict[str, float], torch.Tensor]:
+        """Return TFLOP/s of an attention of queries, keys and values, and what it returns."""
+
+        def both() -> None:
+            attend(*states).sum().backward()
+
+        with torch.no_grad():
+            out, forward = attend(*states), self.seconds(lambda: attend(*states))
+        return {
+            "forward_tflops": round(flops / forward / 1e12, 3),
+            "both_tflops": round(3 * flops / self.seconds(both) / 1e12, 3),
+        }, out
 
     def seconds(self, work: Callable[[], Any]) -> float:
         """Return the seconds of a call, the mean of ten after a first one."""
@@ -252,26 +296,28 @@ class _Run:
         return (time.perf_counter() - began) / 10
 
     def ready(
-        self, size: str, mix: str, model: str, layout: str, attention: str, compiled: str | None
+        self, size: str, mix: str, way: Way
     ) -> tuple[list[dict], list[np.ndarray], PreTrainedModel, Callable[[dict], None]]:
         """Return batches, the lengths of their cells, a model, and a function that makes a step on a batch."""
-        batches, lengths = self.batches(mix, layout)
-        if model.startswith("modernbert"):
+        batches, lengths = self.batches(mix, way.layout)
+        if way.model.startswith("modernbert"):
             for batch in batches:
                 del batch["token_type_ids"]
-        net = self.model(size, mix, model, attention)
+        net = self.model(size, mix, way)
         torch._dynamo.reset()
         counters.clear()
-        how = {"dynamic": False, "fullgraph": True} if layout == "one size" else {"dynamic": True}
-        if compiled == "layers":  # one graph for all but the last, which is computed for fewer tokens
+        how: dict[str, bool] = {"dynamic": True}
+        if way.layout == "one size":  # torch cannot trace all kernels
+            how = {"dynamic": False, "fullgraph": way.attention == "sdpa" and way.change != "cuDNN"}
+        if way.compiled == "layers":  # one graph for all but the last, which is computed for fewer tokens
             for layer in net.base_model.layers:
                 layer.compile(backend=self.compiler, **how)
-        whole = torch.compile(net, backend=self.compiler, **how) if compiled == "model" else net
+        whole = torch.compile(net, backend=self.compiler, **how) if way.compiled == "model" else net
         return batches, lengths, net, self.stepper(whole, net)
 
-    def timed_step(self, size: str, mix: str, *way: Any) -> dict:
+    def timed_step(self, size: str, mix: str, way: Way) -> dict:
         """Time steps after warming up: each batch at least twice, and on a GPU three seconds."""
-        batches, lengths, net, step = self.ready(size, mix, *way)
+        batches, lengths, net, step = self.ready(size, mix, way)
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
         began = time.perf_counter()
@@ -296,7 +342,7 @@ class _Run:
         }
         if self.on_gpu:
             found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
-        if way[-1]:
+        if way.compiled:
             found["graphs"] = counters["stats"]["unique_graphs"]
         if self.peak:
             flops = useful_flops(flat, net.config.vocab_size, self.shapes[size])
@@ -327,7 +373,7 @@ class _Run:
 
     def waits_of(self, size: str, layout: str) -> dict[str, int]:
         """Count the waits of a step, by line; a CPU has none."""
-        batches, _, _, step = self.ready(size, "mix", "gene_bert", layout, "sdpa", None)
+        batches, _, _, step = self.ready(size, "mix", Way(layout=layout))
         step(batches[0])
         if not self.on_gpu:
             return {}
@@ -356,7 +402,7 @@ class _Run:
 
         found = {}
         for number, name in enumerate(("packed", "packed, layers compiled")):
-            batches, _, _, step = self.ready(size, "mix", *CONTENDERS[name])
+            batches, _, _, step = self.ready(size, "mix", CONTENDERS[name])
             for batch in batches:
                 step(batch)
             self.wait()
@@ -384,7 +430,7 @@ class _Run:
         for n_workers, compiled in ways:
             torch._dynamo.reset()
             counters.clear()
-            net = self.model(size, "mix", "gene_bert", "sdpa")
+            net = self.model(size, "mix", Way())
             settings = TrainingArguments(
                 str(folder / f"run-{n_workers}-{compiled}"),
                 max_steps=60 if self.on_gpu else 4,

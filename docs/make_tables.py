@@ -29,7 +29,7 @@ WAYS = {
 
 def gpu(results: dict) -> str:
     """Return the table of training steps; of rows that were measured again, the last measurement."""
-    rows = {(step["size"], step["way"]): step for step in results["steps"]}
+    rows = {(step["size"], step["way"]): step for step in results["steps"] if "mfu" in step}
     lines = ["| model | way | tokens/s | cells/s | MFU | peak GB |", "|---|---|---|---|---|---|"]
     for (size, way), step in sorted(rows.items(), key=lambda row: (row[0][0], -row[1]["tokens_per_second"])):
         figures = f"{step['tokens_per_second']:,} | {step['cells_per_second']:,.0f} | {step['mfu']:.1%}".replace(
