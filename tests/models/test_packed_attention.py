@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import of_epoch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stformer_hf import (
     DataCollatorForCellClassification,
@@ -14,6 +15,7 @@ from stformer_hf import (
     GeneBertModel,
     GeneTokenizer,
 )
+from stformer_hf.models.gene_bert import packed_attention
 from stformer_hf.models.gene_bert.heads import pool
 
 BACKENDS = ["eager", "sdpa", "flex_attention"]
@@ -160,6 +162,27 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
             attended = hidden[0] if packing else hidden[batch["attention_mask"].bool()]
             for cell, found in zip(cells, attended.split(lengths.tolist()), strict=True):
                 torch.testing.assert_close(found, states.setdefault(cell["cell_id"], found), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "has_varlen", "named"),
+    [
+        (torch.float32, 0.0, True, "needs half precision (bf16=True of TrainingArguments), or flash"),
+        (torch.bfloat16, 0.1, True, "needs attention_probs_dropout_prob=0, or flash"),
+        (torch.float32, 0.1, False, "needs torch 2.10 or later and half precision"),
+    ],
+)
+def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(dtype, dropout, has_varlen, named, monkeypatch, caplog):
+    monkeypatch.setattr(packed_attention, "HAS_VARLEN", has_varlen)
+    packed_attention.logger.warning_once.cache_clear()
+    with FakeTensorMode():  # of a GPU, which need not be there
+        states = torch.empty(1, 2, 11, 8, dtype=dtype, device="cuda")
+        how = {"cu_seq_lens_q": torch.empty(4, dtype=torch.int32, device="cuda"), "max_length_q": 7}
+        attended, _ = packed_attention.packed_sdpa_attention_forward(
+            torch.nn.Identity(), states, states, states, None, 1.0, dropout, cell_lengths=[3, 7, 1], **how
+        )
+    assert attended.shape == (1, 11, 2, 8)
+    assert named in caplog.text
 
 
 @pytest.mark.gpu

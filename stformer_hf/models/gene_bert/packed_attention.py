@@ -113,9 +113,18 @@ def packed_mask(
 
 def _varlen_serves(states: torch.Tensor, dropout: float) -> bool:
     """Return whether `torch.nn.attention.varlen` works: on a GPU, in half precision, without attention dropout."""
-    autocast = states.is_cuda and torch.is_autocast_enabled("cuda")
-    dtype = torch.get_autocast_dtype("cuda") if autocast else states.dtype
-    return HAS_VARLEN and states.is_cuda and dtype in (torch.float16, torch.bfloat16) and not dropout
+    return states.is_cuda and not _varlen_lacks(states, dropout)
+
+
+def _varlen_lacks(states: torch.Tensor, dropout: float) -> list[str]:
+    """Return what `torch.nn.attention.varlen` needs on a GPU that is not there."""
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+    needs = {
+        "torch 2.10 or later": HAS_VARLEN,
+        "half precision (bf16=True of TrainingArguments)": dtype in (torch.float16, torch.bfloat16),
+        "attention_probs_dropout_prob=0": not dropout,
+    }
+    return [need for need, is_there in needs.items() if not is_there]
 
 
 def packed_sdpa_attention_forward(
@@ -136,12 +145,7 @@ def packed_sdpa_attention_forward(
     (n_cells + 1,), and maybe `cell_lengths`, a list of the numbers of tokens.
     """
     cu_seq_lens = kwargs["cu_seq_lens_q"]
-    if dropout and _varlen_serves(query, 0.0):
-        logger.warning_once(
-            "torch's varlen attention does not support attention dropout: packed batches take one call per cell. Set "
-            "attention_probs_dropout_prob=0, or use flash attention."
-        )
-    elif _varlen_serves(query, dropout):
+    if _varlen_serves(query, dropout):
         from torch.nn.attention.varlen import varlen_attn
 
         # In backward, too, `squeeze` is a view, where an index would copy.
@@ -158,6 +162,11 @@ def packed_sdpa_attention_forward(
             query, key, value, attn_mask=same[:, None], dropout_p=dropout, scale=scaling
         )
         return attended.transpose(1, 2), None
+    if query.is_cuda:
+        logger.warning_once(
+            "On this GPU, packed batches take one attention call per cell, which is slow for short cells. One "
+            f"call for all needs {' and '.join(_varlen_lacks(query, dropout))}, or flash attention."
+        )
     lengths = kwargs.get("cell_lengths") or cu_seq_lens.diff().tolist()
     lengths = [length for length in lengths if length]
     attended = [
