@@ -5,7 +5,16 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import TrainingArguments
 
-from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
+from stformer_hf import (
+    CellTrainer,
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    STFormerPretrainer,
+)
 from stformer_hf.training.loss_trainer import sum_dtype
 from stformer_hf.training.throughput import ModelFlops
 
@@ -69,6 +78,26 @@ def test_ddp_does_not_search_for_unused_parameters(store, tokenizer, tmp_path):
     trainer.model.config.cell_decoder = True  # whose outputs the masked loss does not read
     trainer.create_accelerator_and_postprocess()
     assert trainer.accelerator.ddp_handler.find_unused_parameters is True
+
+
+@pytest.mark.parametrize("cls_state", ["fixed", "gated", "layers"])
+@pytest.mark.parametrize("head", ["masked", "classes"])
+def test_a_loss_reaches_all_parameters_that_are_trained(store, tmp_path, head, cls_state):
+    """Else DDP, which does not search for the others, would stop."""
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5], whole_cell=True, max_length=20)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    config = GeneBertConfig.from_tokenizer(tokenizer, **shape, num_labels=2, cls_state=cls_state)
+    if head == "masked":
+        model, collator = GeneBertForPhenotypicMLM(config), DataCollatorForPhenotypicMLM(tokenizer)
+    else:
+        model, collator = GeneBertForClassification(config), DataCollatorForCellClassification(tokenizer, "cell_type")
+    settings = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    trainer = CellTrainer(model, settings, collator, store, processing_class=tokenizer)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is False
+    trainer.train()
+    model(**collator(store.__getitems__([4, 5, 6]))).loss.backward()
+    trained = {name: of.grad for name, of in model.named_parameters() if of.requires_grad}
+    assert trained and [name for name, gradient in trained.items() if gradient is None] == []
 
 
 def test_sums_have_a_dtype_that_the_device_has():
