@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 from transformers.debug_utils import DebugOption
 
+from ..models.gene_bert.packed_attention import HAS_VARLEN
 from .liger import prepare_liger
 
+logger = logging.getLogger(__name__)
 _OURS = ("gene_bert", "cell_neighborhood")
 
 
@@ -68,6 +72,27 @@ def _check_packed(trainer: Trainer) -> None:
             "neftune_noise_alpha: the noise depends on the length of a row, and a packed row holds many cells. Train "
             "with padded batches, or leave it out."
         )
+    if args.device.type == "cuda":
+        _warn_of_slow_attention(trainer)
+
+
+def _warn_of_slow_attention(trainer: Trainer) -> None:
+    """Warn if sdpa on a GPU cannot take all cells of a packed batch in one call without a mask."""
+    config = trainer.model.config
+    if config.model_type != "gene_bert" or config._attn_implementation != "sdpa":
+        return
+    if trainer.accelerator.mixed_precision not in ("bf16", "fp16"):
+        reason = "training is in float32: pass bf16=True"
+    elif config.attention_probs_dropout_prob:
+        reason = "the model has attention dropout: load it with attention_probs_dropout_prob=0.0"
+    elif not HAS_VARLEN:
+        reason = f"torch {torch.__version__} has no varlen attention: install torch 2.10 or later, or flash-attn"
+    else:
+        return
+    logger.warning(
+        "Attention takes one call per cell of a packed batch, or a mask if it is compiled, which is slow on a GPU, "
+        f"because {reason}."
+    )
 
 
 def smoothing_field(model: nn.Module) -> str | None:

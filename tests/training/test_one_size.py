@@ -1,8 +1,14 @@
 """Training on packed batches of one size: one compilation, counts of the cells alone, dtypes of sums."""
 
+import os
+import traceback
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
 from stformer_hf import (
@@ -15,6 +21,8 @@ from stformer_hf import (
     GeneTokenizer,
     STFormerPretrainer,
 )
+from stformer_hf.cli.arguments import PRETRAINING
+from stformer_hf.models.gene_bert import modeling_gene_bert
 from stformer_hf.training.loss_trainer import sum_dtype
 from stformer_hf.training.throughput import ModelFlops
 
@@ -57,6 +65,40 @@ def test_a_compiled_run_is_compiled_once_and_counts_its_cells(store, tokenizer, 
     alive = sum(int(plain(store.__getitems__(rows))["attention_mask"].sum()) for rows in sampler)
     assert sums["tokens"] == pytest.approx(2 * alive, rel=0.05)  # training leaves out some phenotypes
     assert trainer.state.log_history[0]["padding_share"] > 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts where values of tensors, or sizes that depend on them, are read: what waits for a GPU."""
+
+    waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.files = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in self.waits:
+            frames = [
+                frame.filename for frame in traceback.extract_stack() if f"{os.sep}torch{os.sep}" not in frame.filename
+            ]
+            self.files[Path(frames[-2]).name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_of_the_trainer_reads_no_value(store, tokenizer, tmp_path, monkeypatch, waits):
+    """Of a run, the log reads values, not the steps, unless Trainer filters their losses."""
+    monkeypatch.setattr(modeling_gene_bert, "check_packing", lambda *_: None)  # reads on a CPU alone
+    runs = []
+    for n_steps in (2, 5):  # of an epoch
+        settings = {"max_steps": n_steps, "logging_steps": 100, "logging_nan_inf_filter": waits}
+        trainer = make_trainer(tmp_path, store, tokenizer, compiled=False, **settings)
+        with Reads() as reads:
+            trainer.train()
+        del reads.files["collate.py"]  # the epoch of the collator, which is on the CPU
+        runs.append(reads.files)
+    assert set(runs[1] - runs[0]) == ({"trainer.py"} if waits else set()) and runs[0]
+    assert PRETRAINING["logging_nan_inf_filter"] is False
 
 
 def test_a_checkpoint_of_another_size_is_refused(store, tokenizer, tmp_path):

@@ -18,6 +18,7 @@ from stformer_hf import (
     NeighborhoodTrainer,
     STFormerPretrainer,
 )
+from stformer_hf.training import argument_checks
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
 _NEW_NAMES = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -242,6 +243,41 @@ def test_packed_batches_are_not_cut(store, tokenizer, tmp_path, name):
 
 
 # ---------------------------------------------------------------------- label_smoothing_factor
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({}, None),
+        ({"bf16": False}, "training is in float32: pass bf16=True"),
+        ({"dropout": 0.1}, "attention_probs_dropout_prob=0.0"),
+        ({"has_varlen": False}, "install torch 2.10"),
+        ({"has_varlen": False, "backend": "eager"}, None),
+        ({"has_varlen": False, "packing": False}, None),
+    ],
+)
+def test_slow_attention_on_a_gpu_is_warned_of(store, tokenizer, tmp_path, monkeypatch, caplog, changes, cause):
+    bf16, dropout, has_varlen, backend, packing = (
+        changes.get(name, default)
+        for name, default in [
+            ("bf16", True),
+            ("dropout", 0.0),
+            ("has_varlen", True),
+            ("backend", "sdpa"),
+            ("packing", True),
+        ]
+    )
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    config = GeneBertConfig.from_tokenizer(tokenizer, **shape, attention_probs_dropout_prob=dropout)
+    config._attn_implementation = backend
+    model = GeneBertForPhenotypicMLM(config)
+    trainer = pretrainer(tmp_path, store, tokenizer, model, own={"packing": packing}, bf16=bf16)
+    assert "one call per cell" not in caplog.text  # on a CPU
+    monkeypatch.setattr(argument_checks, "HAS_VARLEN", has_varlen)
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    argument_checks.check_arguments(trainer)
+    assert ("one call per cell" in caplog.text) == (cause is not None)
+    assert cause is None or cause in caplog.text
 
 
 def test_smoothed_labels_keep_their_weights(store, tokenizer, tmp_path):
