@@ -51,7 +51,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu:
 	@mkdir -p $(GPU_OUT)
 	@echo "== running the gpu tests, a process per file, at most 180 s, into $(GPU_OUT)/tests.log"
-	@rm -rf $(GPU_OUT)/tests && mkdir $(GPU_OUT)/tests && for file in $$(grep -rl --include='*.py' '^@pytest.mark.gpu' tests); do \
+	@rm -rf $(GPU_OUT)/tests && mkdir $(GPU_OUT)/tests && for file in $$(grep -rl --include='*.py' 'pytest\.mark\.gpu' tests); do \
 		(HF_HUB_OFFLINE=1 timeout 180 $(GPU_PYTHON) -m pytest -v --tb=short -m gpu $$file > $(GPU_OUT)/tests/$$(basename $$file).log 2>&1 \
 		|| touch $(GPU_OUT)/tests/failed) & done; wait
 	@cat $(GPU_OUT)/tests/*.log > $(GPU_OUT)/tests.log; grep -h "PASSED\|SKIPPED\|FAILED\|ERROR\|^E  " $(GPU_OUT)/tests.log || true
