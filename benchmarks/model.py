@@ -55,11 +55,14 @@ LENGTH_MEDIAN, LENGTH_SIGMA = 800, 0.35  # of the made cells' numbers of express
 # FLOP/s in bfloat16 without sparsity, of NVIDIA's data sheets; the first name found in the device's counts.
 PEAKS = {
     "B200": 2250e12,
+    "H200 NVL": 835e12,
     "H200": 989e12,
+    "H100 NVL": 835e12,
     "H100 PCIe": 756e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "A10": 125e12,
     "4090": 165e12,

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from benchmarks import gpu
+from stformer_hf.training.throughput import BF16_PEAKS
 
 
 @pytest.mark.slow
@@ -29,6 +30,12 @@ def test_every_line_runs_on_a_cpu(tmp_path):
             assert row["graphs"] == {"model": 1, "layers": 2}[compiles]
     compiled = found["loader"]["0 workers, compiled"]
     assert compiled["graphs"] == 1 and 0 < compiled["padding_share"] < 1
+
+
+def test_peaks_of_cards_are_those_of_the_log():
+    for name, peak in BF16_PEAKS.items():
+        found = next((value for key, value in gpu.PEAKS.items() if key in name), None)
+        assert found is None or found == pytest.approx(peak, rel=2e-3), name
 
 
 def test_a_part_that_takes_too_long_is_stopped_and_the_others_are_kept(tmp_path, monkeypatch):
