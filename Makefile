@@ -44,7 +44,7 @@ test-slow: .venv/.dev
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --max-worker-restart 0 -m "slow or hypothesis" --hypothesis-profile many
 
 # Without .venv, PYTHON's own packages serve, and those of a folder in PYTHONPATH: a machine with a GPU may lack a network.
-# GPU="--device cpu" runs the benchmark on a CPU; the gpu tests, which need a CUDA device, fail there.
+# GPU="--device cpu" runs the benchmark on a CPU, where the gpu tests are skipped.
 GPU ?= --minutes 8
 GPU_OUT ?= gpu_out
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
