@@ -36,8 +36,10 @@ from anndata import AnnData
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from stformer_hf.training.throughput import BF16_PEAKS
+
 from .gpu_kernels import attention_kernels, fuse_loss, missing, norms_in_half_precision, packed_attention_by
-from .model import LENGTH_MEDIAN, MASKED, PEAKS, _made_cells, make_model, useful_flops
+from .model import LENGTH_MEDIAN, MASKED, _made_cells, make_model, useful_flops
 
 # layers, heads, hidden size, feed-forward size, attention dropout
 SHAPES = {"19M": (12, 8, 512, 512, 0.0), "85M": (12, 12, 768, 3072, 0.0)}
@@ -117,7 +119,7 @@ class _Run:
         default = Path(".data/pbmc_ifnb.h5ad")
         self.h5ad = args.h5ad or (str(default) if default.exists() else None)
         name = torch.cuda.get_device_name() if self.on_gpu else "cpu"
-        self.peak = next((value for key, value in PEAKS.items() if key in name), None)
+        self.peak = BF16_PEAKS.get(name)
         self.figures: dict[str, Any] = {
             "device": name,
             "cells": Path(self.h5ad).name if self.h5ad else f"made, median {LENGTH_MEDIAN} genes",
@@ -426,13 +428,15 @@ class _Run:
         from stformer_hf import STFormerPretrainer
 
         found = {}
-        ways = [(8, True), (8, False), (4, False), (0, False)] if self.on_gpu else [(2, False), (0, True)]
-        for n_workers, compiled in ways:
+        ways = [(2, False, False), (0, True, False)]
+        if self.on_gpu:
+            ways = [(8, True, False), (8, False, False), (8, False, True), (4, False, False), (0, False, False)]
+        for n_workers, compiled, waits in ways:
             torch._dynamo.reset()
             counters.clear()
             net = self.model(size, "mix", Way())
             settings = TrainingArguments(
-                str(folder / f"run-{n_workers}-{compiled}"),
+                str(folder / f"run-{n_workers}-{compiled}-{waits}"),
                 max_steps=60 if self.on_gpu else 4,
                 logging_steps=20 if self.on_gpu else 2,
                 save_strategy="no",
@@ -443,6 +447,7 @@ class _Run:
                 dataloader_num_workers=n_workers,
                 dataloader_pin_memory=self.on_gpu,
                 optim="adamw_torch_fused",
+                logging_nan_inf_filter=waits,  # for the loss of each step
                 torch_compile=compiled,
                 torch_compile_backend=self.compiler if compiled else None,
             )
@@ -457,7 +462,7 @@ class _Run:
             trainer.train()
             last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
             kept = ("tokens_per_second", "cells_per_second", "data_wait_share", "mfu", "padding_share")
-            way = f"{n_workers} workers" + ", compiled" * compiled
+            way = f"{n_workers} workers" + ", compiled" * compiled + ", waiting for losses" * waits
             found[way] = {key: last[key] for key in kept if key in last}
             if compiled:
                 found[way]["graphs"] = counters["stats"]["unique_graphs"]

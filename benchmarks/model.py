@@ -52,18 +52,6 @@ MASKED = 0.15
 MAX_LENGTH = 2048
 N_GENES = 20_000
 LENGTH_MEDIAN, LENGTH_SIGMA = 800, 0.35  # of the made cells' numbers of expressed genes
-# FLOP/s in bfloat16 without sparsity, of NVIDIA's data sheets; the first name found in the device's counts.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10": 125e12,
-    "4090": 165e12,
-}
 
 
 def run(arguments: list[str]) -> None:
@@ -296,6 +284,8 @@ def _check(batch: dict, lengths: np.ndarray) -> None:
 
 def _measure(scheme: str, settings: dict, folder: Path, turns: int, device: str | None) -> dict[str, dict]:
     """Let the models take turns; add tokens a second, the share of padding, the memory of the work, and MFU."""
+    from stformer_hf.training.throughput import BF16_PEAKS
+
     contenders = {
         "GeneBert, packed": ("gene_bert", "packed"),
         "GeneBert, padded, grouped": ("gene_bert", "grouped"),
@@ -326,7 +316,7 @@ def _measure(scheme: str, settings: dict, folder: Path, turns: int, device: str 
         results[label]["tokens/s"] = f"{lengths.mean() * cells_per_second:,.0f}"
         results[label]["padding"] = f"{1 - lengths.sum() / room:.0%}"
         note = _read_note(folder / f"{model}-{batches}.json", results[label])
-        peak = next((value for name, value in PEAKS.items() if device and name in device), None)
+        peak = BF16_PEAKS.get(device or "")
         if peak:
             flops = useful_flops(lengths.ravel(), note["vocab_size"], settings["size"], settings.get("train", True))
             results[label]["MFU"] = f"{flops / lengths.size * cells_per_second / peak:.1%}"

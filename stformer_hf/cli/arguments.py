@@ -45,6 +45,7 @@ PRETRAINING = {
     "per_device_train_batch_size": 32,
     "per_device_eval_batch_size": 64,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # which waits for a GPU in each step
     "eval_strategy": "epoch",
     "save_total_limit": 2,
     "report_to": "none",

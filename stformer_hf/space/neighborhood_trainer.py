@@ -74,6 +74,9 @@ class NeighborhoodTrainer(CellTrainer):
     def _is_packed(self) -> bool:
         return True
 
+    def _uses_every_parameter(self) -> bool:
+        return True  # also the loss of cells without neighbours
+
     def _order(self) -> dict[str, Any]:
         descriptions = "; ".join(sampler.description for sampler in bases(self.train_dataset))
         return {**super()._order(), "neighbourhoods": descriptions}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import Trainer
 from transformers.debug_utils import DebugOption
 
+from ..models.gene_bert.packed_attention import varlen_lacks
 from .liger import prepare_liger
 
+logger = logging.getLogger(__name__)
 _OURS = ("gene_bert", "cell_neighborhood")
 
 
@@ -68,6 +72,16 @@ def _check_packed(trainer: Trainer) -> None:
             "neftune_noise_alpha: the noise depends on the length of a row, and a packed row holds many cells. Train "
             "with padded batches, or leave it out."
         )
+    config = trainer.model.config
+    is_ours = config.model_type == "gene_bert" and config._attn_implementation == "sdpa"
+    if is_ours and args.torch_compile and args.device.type == "cuda":
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(trainer.accelerator.mixed_precision, torch.float32)
+        if lacks := varlen_lacks(args.device, dtype, config.attention_probs_dropout_prob):
+            logger.warning(
+                "Compiled attention on packed batches takes a mask of all pairs of tokens, which is slow and large. "
+                f"Without a mask, it needs {' and '.join(lacks)}."
+            )
 
 
 def smoothing_field(model: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from conftest import make_adata
 from stformer_hf import CellNeighborhoodConfig, GeneBertConfig, GeneTokenizer
 from stformer_hf.cli import finetune, main, pretrain, pretrain_neighborhood
 from stformer_hf.cli.arguments import parse_training
+from stformer_hf.models.gene_bert.configuration_gene_bert import WHOLE_CELL
 from stformer_hf.training.defaults import FINETUNING
 
 pytestmark = pytest.mark.usefixtures("two_folds")
@@ -134,6 +135,20 @@ def test_fine_tuning_leaves_to_the_command_what_it_chooses():
     assert {name: training[name] for name in FINETUNING if name != "save_total_limit"} == {
         name: value for name, value in FINETUNING.items() if name != "save_total_limit"
     }
+
+
+@pytest.mark.parametrize(
+    "recipe", ["cell_small.yaml", "cell_base.yaml", "gene_bert_small.yaml", "gene_bert_base.yaml"]
+)
+def test_recipes_for_a_gpu_pack_by_budget_for_attention_without_a_mask(recipe):
+    """Which needs half precision and no attention dropout."""
+    args, training = parsed(recipe)
+    assert args.packing and args.max_tokens_per_batch and training["bf16"] is True
+    assert training["logging_nan_inf_filter"] is False  # which would wait in each step
+    fields = {"vocab_size": 9, "type_vocab_size": 9, **(args.model_config or {})}
+    if args.whole_cell:
+        fields.update(WHOLE_CELL, num_genes=9)
+    assert GeneBertConfig.from_size(args.size, **fields).attention_probs_dropout_prob == 0
 
 
 @pytest.mark.parametrize("recipe", ["cell_tiny_cpu.yaml", "cell_small.yaml", "cell_base.yaml"])

@@ -117,6 +117,7 @@ def test_attention_chosen_by_itself_on_a_gpu(plain_config):
         ((12, 0), (2, 3), "flash_attention_2"),
         ((10, 0), (3,), "sdpa"),
         ((9, 0), (), "sdpa"),
+        ((7, 5), (2,), "sdpa"),
     ],
 )
 def test_version_of_flash_attention_by_card(capability, installed, expected, monkeypatch):
@@ -128,7 +129,9 @@ def test_version_of_flash_attention_by_card(capability, installed, expected, mon
     assert pretrained_gene_bert.best_attention(torch.bfloat16)[0] == expected
     assert pretrained_gene_bert.best_attention(torch.float32)[0] == "sdpa"
     # The others ignore attention dropout.
-    assert (pretrained_gene_bert.best_attention(torch.bfloat16, 0.1)[0] == "flash_attention_2") == (2 in installed)
+    with_dropout, reason = pretrained_gene_bert.best_attention(torch.bfloat16, 0.1)
+    assert (with_dropout == "flash_attention_2") == (2 in installed and capability >= (8, 0))
+    assert ("compute capability" in reason) == (capability < (8, 0))
 
 
 @pytest.mark.parametrize("failure", [None, ValueError("no build for this torch"), "no kernels"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import of_epoch
 from plain_gene_bert import plain_encoder
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import AttentionInterface, AutoModelForTokenClassification, DataCollatorForTokenClassification
 
 from stformer_hf import (
     DataCollatorForPhenotypicMLM,
@@ -321,3 +321,21 @@ def test_rms_norm_in_autocast_is_that_of_float32_within_rounding(recwarn):
     torch.testing.assert_close(found.float(), plain(states.bfloat16().float()), atol=1e-6, rtol=2**-6)
     found.float().sum().backward()
     assert norm.weight.grad.dtype == torch.float32
+
+
+def test_rotated_queries_and_keys_are_in_half_precision_in_autocast():
+    """As values are: flash attention needs it."""
+    found = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        found.append({query.dtype, key.dtype, value.dtype})
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("attention_of_the_test", attention)
+    tokenizer, config = make("rotary")
+    model = GeneBertModel(config)
+    model.config._attn_implementation = "attention_of_the_test"
+    tokens = tokenizer(cells()[0], obs=cells()[1], padding=True, return_tensors="pt")
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**{name: tokens[name] for name in ("input_ids", "token_type_ids")})
+    assert found == [{torch.bfloat16}] * len(model.layers)

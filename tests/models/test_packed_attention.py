@@ -165,15 +165,19 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "dropout", "has_varlen", "named"),
+    ("dtype", "dropout", "has_varlen", "capability", "named"),
     [
-        (torch.float32, 0.0, True, "needs half precision (bf16=True of TrainingArguments), or flash"),
-        (torch.bfloat16, 0.1, True, "needs attention_probs_dropout_prob=0, or flash"),
-        (torch.float32, 0.1, False, "needs torch 2.10 or later and half precision"),
+        (torch.float32, 0.0, True, (9, 0), "needs half precision (bf16=True of TrainingArguments)."),
+        (torch.bfloat16, 0.1, True, (9, 0), "needs attention_probs_dropout_prob=0."),
+        (torch.float32, 0.1, False, (9, 0), "needs torch 2.10 or later and half precision"),
+        (torch.float16, 0.0, True, (7, 5), "needs a GPU of compute capability 8.0 or higher."),
     ],
 )
-def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(dtype, dropout, has_varlen, named, monkeypatch, caplog):
+def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(
+    dtype, dropout, has_varlen, capability, named, monkeypatch, caplog
+):
     monkeypatch.setattr(packed_attention, "HAS_VARLEN", has_varlen)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     packed_attention.logger.warning_once.cache_clear()
     with FakeTensorMode():  # of a GPU, which need not be there
         states = torch.empty(1, 2, 11, 8, dtype=dtype, device="cuda")
@@ -186,8 +190,17 @@ def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(dtype, dropout, has_
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", ["sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"])
-def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        *(
+            (name, torch.bfloat16, 1e-2)
+            for name in ("sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+        ),
+        *((name, torch.float32, 1e-5) for name in ("sdpa", "flex_attention")),
+    ],
+)
+def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend, dtype, tolerance):
     """In half precision sdpa runs `torch.nn.attention.varlen` on packed batches."""
     exact = model_of(GeneBertForPhenotypicMLM, tokenizer, "eager")
     expected = exact(
@@ -198,18 +211,18 @@ def test_packed_and_padded_agree_on_a_gpu(tokenizer, examples, backend):
         model = model_of(GeneBertForPhenotypicMLM, tokenizer, backend)
     except ImportError as error:
         pytest.skip(str(error))
-    model = model.to("cuda", torch.bfloat16)
+    model = model.to("cuda", dtype)
     for packing in (False, True):
         batch = of_epoch(DataCollatorForPhenotypicMLM(tokenizer, packing=packing, mlm_probability=0.4))(examples)
         model.zero_grad()
         sparse = {"sparse_prediction": True}
         found = model(**sparse, **{k: v.to("cuda") if isinstance(v, torch.Tensor) else v for k, v in batch.items()})
         found.loss.backward()
-        torch.testing.assert_close(found.loss.float().cpu(), expected.loss, atol=1e-2, rtol=1e-2)
+        torch.testing.assert_close(found.loss.float().cpu(), expected.loss, atol=tolerance, rtol=tolerance)
         difference = found.logits.float().cpu() - expected.logits
-        assert difference.norm() < 2e-2 * expected.logits.norm()
+        assert difference.norm() < 2 * tolerance * expected.logits.norm()
         gradients = [torch.cat([p.grad.float().cpu().ravel() for p in one.parameters()]) for one in (model, exact)]
-        assert (gradients[0] - gradients[1]).norm() < 0.05 * gradients[1].norm()
+        assert (gradients[0] - gradients[1]).norm() < 5 * tolerance * gradients[1].norm()
 
 
 def test_cu_seq_lens_alone_is_enough_and_flash_is_told_all(tokenizer, examples, monkeypatch):
@@ -272,3 +285,13 @@ def test_long_cells_are_pooled_in_bfloat16_too():
     of[0, 5] = 0
     torch.testing.assert_close(pool(padded, of, mask, "mean"), expected[:2])
     torch.testing.assert_close(pool(padded, of, mask, "cls"), padded[:, 0])
+
+
+def test_the_card_is_asked_while_compiling_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def recent(x):
+        return x + 1 if packed_attention._is_ampere(x.device.index) else x
+
+    assert recent(torch.zeros(2)).tolist() == [1, 1]

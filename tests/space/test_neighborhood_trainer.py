@@ -76,6 +76,11 @@ def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def test_ddp_does_not_search_for_unused_parameters(tmp_path):
+    """There are none: test_every_parameter_gets_a_gradient of the model."""
+    assert make_trainer(tmp_path, sampler()).accelerator.ddp_handler.find_unused_parameters is False
+
+
 def test_evaluation_is_the_mean_over_cells_whatever_the_batches(tmp_path):
     # The first batches are crowded, the last cells alone.
     adata = section(19)

@@ -1,11 +1,28 @@
 """Training on packed batches of one size: one compilation, counts of the cells alone, dtypes of sums."""
 
+import os
+import traceback
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
 
-from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
+from stformer_hf import (
+    CellTrainer,
+    DataCollatorForCellClassification,
+    DataCollatorForPhenotypicMLM,
+    GeneBertConfig,
+    GeneBertForClassification,
+    GeneBertForPhenotypicMLM,
+    GeneTokenizer,
+    STFormerPretrainer,
+)
+from stformer_hf.cli.arguments import PRETRAINING
+from stformer_hf.models.gene_bert import modeling_gene_bert
 from stformer_hf.training.loss_trainer import sum_dtype
 from stformer_hf.training.throughput import ModelFlops
 
@@ -50,6 +67,40 @@ def test_a_compiled_run_is_compiled_once_and_counts_its_cells(store, tokenizer, 
     assert trainer.state.log_history[0]["padding_share"] > 0
 
 
+class Reads(TorchDispatchMode):
+    """Counts where values of tensors, or sizes that depend on them, are read: what waits for a GPU."""
+
+    waits = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.files = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name in self.waits:
+            frames = [
+                frame.filename for frame in traceback.extract_stack() if f"{os.sep}torch{os.sep}" not in frame.filename
+            ]
+            self.files[Path(frames[-2]).name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_step_of_the_trainer_reads_no_value(store, tokenizer, tmp_path, monkeypatch, waits):
+    """Of a run, the log reads values, not the steps, unless Trainer filters their losses."""
+    monkeypatch.setattr(modeling_gene_bert, "check_packing", lambda *_: None)  # reads on a CPU alone
+    runs = []
+    for n_steps in (2, 5):  # of an epoch
+        settings = {"max_steps": n_steps, "logging_steps": 100, "logging_nan_inf_filter": waits}
+        trainer = make_trainer(tmp_path, store, tokenizer, compiled=False, **settings)
+        with Reads() as reads:
+            trainer.train()
+        del reads.files["collate.py"]  # the epoch of the collator, which is on the CPU
+        runs.append(reads.files)
+    assert set(runs[1] - runs[0]) == ({"trainer.py"} if waits else set()) and runs[0]
+    assert PRETRAINING["logging_nan_inf_filter"] is False
+
+
 def test_a_checkpoint_of_another_size_is_refused(store, tokenizer, tmp_path):
     settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
     make_trainer(tmp_path, store, tokenizer, compiled=False, **settings).train()
@@ -69,6 +120,26 @@ def test_ddp_does_not_search_for_unused_parameters(store, tokenizer, tmp_path):
     trainer.model.config.cell_decoder = True  # whose outputs the masked loss does not read
     trainer.create_accelerator_and_postprocess()
     assert trainer.accelerator.ddp_handler.find_unused_parameters is True
+
+
+@pytest.mark.parametrize("cls_state", ["fixed", "gated", "layers"])
+@pytest.mark.parametrize("head", ["masked", "classes"])
+def test_a_loss_reaches_all_parameters_that_are_trained(store, tmp_path, head, cls_state):
+    """Else DDP, which does not search for the others, would stop."""
+    tokenizer = GeneTokenizer.from_store(store, bin_edges=[0.5], whole_cell=True, max_length=20)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    config = GeneBertConfig.from_tokenizer(tokenizer, **shape, num_labels=2, cls_state=cls_state)
+    if head == "masked":
+        model, collator = GeneBertForPhenotypicMLM(config), DataCollatorForPhenotypicMLM(tokenizer)
+    else:
+        model, collator = GeneBertForClassification(config), DataCollatorForCellClassification(tokenizer, "cell_type")
+    settings = TrainingArguments(str(tmp_path), max_steps=1, save_strategy="no", report_to="none", use_cpu=True)
+    trainer = CellTrainer(model, settings, collator, store, processing_class=tokenizer)
+    assert trainer.accelerator.ddp_handler.find_unused_parameters is False
+    trainer.train()
+    model(**collator(store.__getitems__([4, 5, 6]))).loss.backward()
+    trained = {name: of.grad for name, of in model.named_parameters() if of.requires_grad}
+    assert trained and [name for name, gradient in trained.items() if gradient is None] == []
 
 
 def test_sums_have_a_dtype_that_the_device_has():

@@ -18,6 +18,8 @@ from stformer_hf import (
     NeighborhoodTrainer,
     STFormerPretrainer,
 )
+from stformer_hf.models.gene_bert import packed_attention
+from stformer_hf.training import argument_checks
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(TrainingArguments)}
 _NEW_NAMES = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
@@ -239,6 +241,39 @@ def test_batches_that_processes_would_divide_unevenly_are_refused(store, tokeniz
 def test_packed_batches_are_not_cut(store, tokenizer, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} would split a packed batch within cells"):
         pretrainer(tmp_path, store, tokenizer, own={"packing": True}, accelerator_config={name: True})
+
+
+@pytest.mark.parametrize(
+    ("changes", "cause"),
+    [
+        ({}, None),
+        ({"bf16": False}, "needs half precision (bf16=True"),
+        ({"bf16": False, "torch_compile": False}, None),
+        ({"dropout": 0.1}, "needs attention_probs_dropout_prob=0"),
+        ({"has_varlen": False}, "needs torch 2.10"),
+        ({"capability": (7, 5)}, "needs a GPU of compute capability 8.0"),
+        ({"has_varlen": False, "backend": "eager"}, None),
+        ({"has_varlen": False, "packing": False}, None),
+    ],
+)
+def test_compiled_attention_with_a_large_mask_is_warned_of(
+    store, tokenizer, tmp_path, monkeypatch, caplog, changes, cause
+):
+    usual = {"bf16": True, "dropout": 0.0, "has_varlen": True, "capability": (9, 0), "backend": "sdpa"}
+    having = {**usual, "packing": True, "torch_compile": True, **changes}
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+    config = GeneBertConfig.from_tokenizer(tokenizer, **shape, attention_probs_dropout_prob=having["dropout"])
+    config._attn_implementation = having["backend"]
+    model = GeneBertForPhenotypicMLM(config)
+    settings = {name: having[name] for name in ("bf16", "torch_compile")}
+    trainer = pretrainer(tmp_path, store, tokenizer, model, own={"packing": having["packing"]}, **settings)
+    assert "mask" not in caplog.text  # on a CPU
+    monkeypatch.setattr(packed_attention, "HAS_VARLEN", having["has_varlen"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: having["capability"])
+    monkeypatch.setattr(type(trainer.args), "device", torch.device("cuda"))
+    argument_checks.check_arguments(trainer)
+    assert ("a mask of all pairs" in caplog.text) == (cause is not None)
+    assert cause is None or cause in caplog.text
 
 
 # ---------------------------------------------------------------------- label_smoothing_factor

@@ -113,18 +113,28 @@ def packed_mask(
 
 def _varlen_serves(states: torch.Tensor, dropout: float) -> bool:
     """Return whether `torch.nn.attention.varlen` works: on a GPU, in half precision, without attention dropout."""
-    return states.is_cuda and not _varlen_lacks(states, dropout)
+    return states.is_cuda and not varlen_lacks(states.device, _computed_dtype(states), dropout)
 
 
-def _varlen_lacks(states: torch.Tensor, dropout: float) -> list[str]:
-    """Return what `torch.nn.attention.varlen` needs on a GPU that is not there."""
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+def _computed_dtype(states: torch.Tensor) -> torch.dtype:
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else states.dtype
+
+
+def varlen_lacks(device: torch.device, dtype: torch.dtype, dropout: float) -> list[str]:
+    """Return what `torch.nn.attention.varlen` needs on a GPU that is not there: an empty list if it works."""
     needs = {
         "torch 2.10 or later": HAS_VARLEN,
+        "a GPU of compute capability 8.0 or higher": _is_ampere(device.index),
         "half precision (bf16=True of TrainingArguments)": dtype in (torch.float16, torch.bfloat16),
         "attention_probs_dropout_prob=0": not dropout,
     }
     return [need for need, is_there in needs.items() if not is_there]
+
+
+@torch.compiler.assume_constant_result
+def _is_ampere(index: int | None) -> bool:
+    """Return whether a GPU is as recent as torch's flash attention needs."""
+    return torch.cuda.get_device_capability(index) >= (8, 0)
 
 
 def packed_sdpa_attention_forward(
@@ -165,7 +175,7 @@ def packed_sdpa_attention_forward(
     if query.is_cuda:
         logger.warning_once(
             "On this GPU, packed batches take one attention call per cell, which is slow for short cells. One "
-            f"call for all needs {' and '.join(_varlen_lacks(query, dropout))}, or flash attention."
+            f"call for all needs {' and '.join(varlen_lacks(query.device, _computed_dtype(query), dropout))}."
         )
     lengths = kwargs.get("cell_lengths") or cu_seq_lens.diff().tolist()
     lengths = [length for length in lengths if length]

@@ -142,8 +142,11 @@ def best_attention(dtype: torch.dtype, dropout: float = 0.0) -> tuple[str, str]:
         return "sdpa", "there is no GPU"
     if dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", "flash attention needs weights in half precision"
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 0):
+        return "sdpa", "flash attention needs a GPU of compute capability 8.0 or higher"
     installed = {2: is_flash_attn_2_available(), 3: is_flash_attn_3_available(), 4: is_flash_attn_4_available()}
-    is_blackwell = torch.cuda.get_device_capability() >= (10, 0)  # which version 3 does not run on
+    is_blackwell = capability >= (10, 0)  # which version 3 does not run on
     for number in (2,) if dropout else (4, 2) if is_blackwell else (3, 2, 4):
         if installed[number]:
             return f"flash_attention_{number}", "it is installed"
