@@ -259,7 +259,7 @@ class _Run:
         found: dict[str, dict] = {}
         for heads, (n_heads, head_dim) in HEADS.items():
             torch.manual_seed(0)
-            shape = (3, 1, n_heads, int(n_tokens.sum()), head_dim)
+            shape = (3, 1, int(n_tokens.sum()), n_heads, head_dim)  # in memory, as the layers have them
             states = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
             flops = 4 * n_heads * head_dim * (n_tokens.astype(float) ** 2).sum()
             expected = None
@@ -278,10 +278,11 @@ class _Run:
         """Return TFLOP/s of an attention of queries, keys and values, and what it returns."""
 
         def both() -> None:
-            attend(*states).sum().backward()
+            attend(*states.transpose(2, 3)).sum().backward()
 
         with torch.no_grad():
-            out, forward = attend(*states), self.seconds(lambda: attend(*states))
+            out = attend(*states.transpose(2, 3))
+            forward = self.seconds(lambda: attend(*states.transpose(2, 3)))
         return {
             "forward_tflops": round(flops / forward / 1e12, 3),
             "both_tflops": round(3 * flops / self.seconds(both) / 1e12, 3),

@@ -37,7 +37,12 @@ def missing(kernel: str | None, on_gpu: bool) -> str | None:
 
 def attention_kernels(on_gpu: bool) -> dict[str, Callable[..., torch.Tensor]]:
     """Return functions of queries, keys and values (1, heads, length, head_dim), by the name of their kernel."""
-    kernels = {"sdpa": packed_sdpa_attention_forward, "cuDNN": cudnn_attention_forward}
+    kernels: dict[str, Callable[..., tuple]] = {
+        "sdpa": packed_sdpa_attention_forward,
+        "cuDNN": cudnn_attention_forward,
+        "one call per cell, float32": partial(_in_float32, packed_sdpa_attention_forward),
+        "nested tensors, float32": partial(_in_float32, nested_attention_forward),
+    }
     there: dict[str, Callable[..., torch.Tensor]] = {}
     for name, kernel in kernels.items():
         if not missing(name, on_gpu):
@@ -57,6 +62,31 @@ def _attend(
     heads, size = states[0].shape[1], states[0].shape[-1]
     config = GeneBertConfig(hidden_size=heads * size, num_attention_heads=heads, attn_implementation=backend)
     return kernel(GeneBertAttention(config), *states, None, scaling=size**-0.5, dropout=0.0, **packing)[0]
+
+
+def _in_float32(kernel: Callable[..., tuple], module: nn.Module, *states: Any, **how: Any) -> tuple:
+    return kernel(module, *(part if part is None else part.float() for part in states), **how)
+
+
+def nested_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within each cell of a packed row by sdpa of torch's nested tensors, which also takes float32 and dropout.
+
+    As `packed_sdpa_attention_forward`.
+    """
+    where = {"offsets": kwargs["cu_seq_lens_q"].long(), "min_seqlen": 1, "max_seqlen": kwargs["max_length_q"]}
+    packed = [part.squeeze(0).transpose(0, 1).contiguous() for part in (query, key, value)]
+    nested = [torch.nested.nested_tensor_from_jagged(part, **where).transpose(1, 2) for part in packed]
+    attended = nn.functional.scaled_dot_product_attention(*nested, dropout_p=dropout, scale=scaling)
+    return attended.transpose(1, 2).values()[None], None
 
 
 @torch.compiler.disable  # torch cannot trace it

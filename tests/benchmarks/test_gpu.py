@@ -76,7 +76,7 @@ def _cudnn_backward(grad, query, key, value, *given, scale):
     return grads
 
 
-def test_cudnn_is_called_as_torch_documents_it(monkeypatch):
+def test_kernels_are_called_as_torch_documents_it(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "missing", lambda kernel, on_gpu: None if kernel == "cuDNN" else "not here")
     cuts = torch.tensor([0, 3, 10, 11], dtype=torch.int32)
     packing = {"cu_seq_lens_q": cuts, "cu_seq_lens_k": cuts, "max_length_q": 7, "max_length_k": 7}
@@ -92,9 +92,11 @@ def test_cudnn_is_called_as_torch_documents_it(monkeypatch):
         (attend,) = gpu_kernels.attention_kernels(True).values()
         with gpu_kernels.packed_attention_by("cuDNN"):
             in_layers = gpu_kernels.ALL_ATTENTION_FUNCTIONS[gpu_kernels.PACKED_SDPA]
+        nested = gpu_kernels.nested_attention_forward
         for name, made in (
             ("alone", attend(*states, **packing)),
             ("in layers", in_layers(torch.nn.Identity(), *states, None, scaling=8**-0.5, **packing)[0]),
+            ("nested", nested(torch.nn.Identity(), *states, None, scaling=8**-0.5, **packing)[0]),
         ):
             torch.testing.assert_close(made, expected)
             (grads[name],) = torch.autograd.grad((made**2).sum(), states)
