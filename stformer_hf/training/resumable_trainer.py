@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from ..batches.stream_batches import part_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
+from ..models.remote_code import is_a
 from .calibration import OutOfFold, replace_out_of_fold, sign
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -102,7 +103,7 @@ class ResumableTrainer(LossTrainer):
 
     def _prepare_weights(self, model: PreTrainedModel) -> None:
         """Keep float32 weights, and a `[CLS]` that no loss reads."""
-        if isinstance(model, GeneBertForPhenotypicMLM) and model.config.cell_embedding:
+        if is_a(model, GeneBertForPhenotypicMLM) and model.config.cell_embedding:
             config, encoder = model.config, model.gene_bert
             if config.cls_state is None and not self._trains_cls and encoder.adds_nothing():
                 config.cls_state = "fixed"
