@@ -5,9 +5,15 @@ import pytest
 import torch
 from conftest import of_epoch
 from plain_gene_bert import plain_encoder
-from transformers import AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+)
 
 from stformer_hf import (
+    CellNeighborhoodConfig,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
     GeneBertForClassification,
@@ -321,3 +327,43 @@ def test_rms_norm_in_autocast_is_that_of_float32_within_rounding(recwarn):
     torch.testing.assert_close(found.float(), plain(states.bfloat16().float()), atol=1e-6, rtol=2**-6)
     found.float().sum().backward()
     assert norm.weight.grad.dtype == torch.float32
+
+
+def test_fields_given_to_from_pretrained_are_checked_as_those_of_the_constructor(tmp_path):
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "cell_embedding": True, "num_genes": 9, "wide_head": True}
+    GeneBertConfig(**fields).save_pretrained(tmp_path)
+    for given in (
+        {"cls_state": "gatd"},
+        {"norm_type": "batch_norm"},
+        {"temperature": 0.0},
+        {"class_weights": [1.0, 2.0, 3.0]},
+        {"loss_weights": {"gene": 2.0}},
+        {"cell_embedding": False},
+        {"num_attention_heads": 3},
+    ):
+        with pytest.raises(ValueError) as wanted:
+            GeneBertConfig(**{**fields, **given})
+        with pytest.raises(ValueError) as found:
+            AutoConfig.from_pretrained(tmp_path, **given)
+        assert str(found.value) == str(wanted.value)
+    together = {"cell_embedding": False, "wide_head": False, "cls_state": "layers"}  # valid together alone
+    config, unused = AutoConfig.from_pretrained(tmp_path, **together, other=1, return_unused_kwargs=True)
+    assert (config.cell_embedding, config.cls_state, unused) == (False, "layers", {"other": 1})
+    CellNeighborhoodConfig(n_genes=3, n_cell_types=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="likelihood must be"):
+        AutoConfig.from_pretrained(tmp_path, likelihood="poisson")
+
+
+@pytest.mark.parametrize("outputs", [{"num_labels": 3}, {"id2label": dict(enumerate("abc"))}], ids=str)
+def test_a_head_of_other_outputs_has_no_readers_of_the_saved_one(outputs, tmp_path):
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "cell_embedding": True, "num_genes": 9, "wide_head": True}
+    of_saved = {"reader_weights": [0.0, 1.5], "temperature": 0.5, "class_weights": [1.0, 3.0]}
+    config = GeneBertConfig(**fields, **of_saved)
+    GeneBertForClassification(config).save_pretrained(tmp_path)
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path, **outputs, ignore_mismatched_sizes=True)
+    defaults = {name: getattr(GeneBertConfig(), name) for name in of_saved}
+    assert found.config.num_labels == 3 and {name: getattr(found.config, name) for name in of_saved} == defaults
+    given = AutoConfig.from_pretrained(tmp_path, **outputs, temperature=2.0)
+    assert (given.temperature, given.reader_weights) == (2.0, None)
+    renamed = AutoConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    assert {name: getattr(renamed, name) for name in of_saved} == of_saved  # the weights are loaded, too

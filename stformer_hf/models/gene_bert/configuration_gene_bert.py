@@ -285,6 +285,39 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(f"temperature must be positive, one number per label column, got {self.temperature}.")
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration from saved fields, with others in their place, as `from_pretrained` does.
+
+        All are checked together; transformers sets those of `kwargs` afterwards. If these change the number of
+        outputs, the weights of the saved head do not fit, and neither do its `reader_weights`, `temperature` and
+        `class_weights`, which return to their defaults unless given.
+
+        Parameters
+        ----------
+        config_dict : dict
+            Saved fields.
+        **kwargs
+            Other values of some fields, and arguments of `PreTrainedConfig.from_dict`.
+
+        Returns
+        -------
+        GeneBertConfig, or (GeneBertConfig, dict of unused arguments) with `return_unused_kwargs=True`
+
+        Raises
+        ------
+        ValueError
+            As for the constructor.
+        """
+        given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
+        n_saved = len(config_dict.get("id2label") or (0, 1))  # two outputs without names are not saved
+        names = given.get("id2label") or [f"LABEL_{i}" for i in range(kwargs.get("num_labels") or n_saved)]
+        if len(names) != n_saved:
+            if "id2label" not in given:
+                given |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+            given = {"reader_weights": None, "temperature": 1.0, "class_weights": None, **given}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+    @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "GeneBertConfig":
         """Create a configuration of a named size.
 
