@@ -354,6 +354,13 @@ def test_fields_given_to_from_pretrained_are_checked_as_those_of_the_constructor
         AutoConfig.from_pretrained(tmp_path, likelihood="poisson")
 
 
+@pytest.mark.parametrize("names", [{"id2label": {0: "T", 1: "B"}}, {"label2id": {"T": 0, "B": 1}}], ids=str)
+def test_names_in_one_direction_are_names_in_both(names, tmp_path):
+    GeneBertConfig(id2label={0: "B", 1: "T"}, label2id={"B": 0, "T": 1}).save_pretrained(tmp_path)
+    for config in (AutoConfig.from_pretrained(tmp_path, **names), GeneBertConfig(**names)):
+        assert (config.id2label, config.label2id) == ({0: "T", 1: "B"}, {"T": 0, "B": 1})
+
+
 @pytest.mark.parametrize("outputs", [{"num_labels": 3}, {"id2label": dict(enumerate("abc"))}], ids=str)
 def test_a_head_of_other_outputs_has_no_readers_of_the_saved_one(outputs, tmp_path):
     fields = {"hidden_size": 16, "num_attention_heads": 2, "cell_embedding": True, "num_genes": 9, "wide_head": True}

@@ -215,6 +215,12 @@ class GeneBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Names in one direction are names in both: collators read the one, and predictions the other.
+        config: Any = self
+        if config.id2label is None and config.label2id is not None:
+            config.id2label = {int(i): name for name, i in config.label2id.items()}
+        elif config.label2id is None and config.id2label is not None:
+            config.label2id = {name: int(i) for i, name in config.id2label.items()}
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         if self.hidden_size % self.num_attention_heads:
@@ -288,9 +294,9 @@ class GeneBertConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Create a configuration from saved fields, with others in their place, as `from_pretrained` does.
 
-        All are checked together; transformers sets those of `kwargs` afterwards. If these change the number of
-        outputs, the weights of the saved head do not fit, and neither do its `reader_weights`, `temperature` and
-        `class_weights`, which return to their defaults unless given.
+        All are checked together; transformers sets those of `kwargs` afterwards. `id2label` or `label2id` alone
+        replace both. If the number of outputs changes, the weights of the saved head do not fit, and neither do its
+        `reader_weights`, `temperature` and `class_weights`, which return to their defaults unless given.
 
         Parameters
         ----------
@@ -310,10 +316,11 @@ class GeneBertConfig(PreTrainedConfig):
         """
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
         n_saved = len(config_dict.get("id2label") or (0, 1))  # two outputs without names are not saved
-        names = given.get("id2label") or [f"LABEL_{i}" for i in range(kwargs.get("num_labels") or n_saved)]
-        if len(names) != n_saved:
-            if "id2label" not in given:
-                given |= {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        names = given.get("id2label") or given.get("label2id") or ()
+        n_outputs = len(names) or kwargs.get("num_labels") or n_saved
+        if names or n_outputs != n_saved:
+            given = {"id2label": None, "label2id": None, **given}
+        if n_outputs != n_saved:
             given = {"reader_weights": None, "temperature": 1.0, "class_weights": None, **given}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
