@@ -63,6 +63,11 @@ def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
                 f"torch); got {type(model).__name__}."
             )
         inner = getattr(inner, name)
+    if merge and any(hasattr(module, "base_layer") for module in inner.modules()):
+        raise ValueError(
+            f"The {type(inner).__name__} has adapters in its layers (add_adapter), which cannot be merged: save them, "
+            "and load them with peft.PeftModel.from_pretrained(base, folder)."
+        )
     return inner
 
 

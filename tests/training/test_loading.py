@@ -126,6 +126,15 @@ def test_an_adapter_of_one_of_two_tied_layers_is_not_merged_into_both(base, adat
     torch.testing.assert_close(adapted(**batch).logits, wanted)  # merging was done in a copy
 
 
+def test_adapters_that_cannot_be_merged_are_refused_by_name(base, adata, tokenizer):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForMaskedLM.from_pretrained(base)
+    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_lin"]), model)  # as model.add_adapter
+    embed(adata, model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"has adapters in its layers .* load them with peft.PeftModel"):
+        finetune(adata, "cell_type", model=model, tokenizer=tokenizer)
+
+
 def test_a_trained_adapter_knows_its_classes(base, tokenizer, adata, store, lora, tmp_path):
     classifier = AutoModelForSequenceClassification.from_pretrained(base, **NAMES)
     adapted = lora(classifier, task_type="SEQ_CLS", init_lora_weights=True)
