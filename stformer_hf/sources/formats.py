@@ -162,11 +162,12 @@ def expand(sources: Any) -> list[Any]:
     ValueError
         A file has an unsupported format; something else is given, such as a DataFrame.
     """
-    # Iterating over these would give the names of parts or columns, which look like paths.
-    if isinstance(sources, (Mapping, pd.DataFrame)) or not (is_source(sources) or isinstance(sources, Iterable)):
-        raise _no_source(sources)
+    if is_source(sources):
+        sources = [sources]
+    elif isinstance(sources, (Mapping, pd.DataFrame)) or not isinstance(sources, Iterable):
+        raise _no_source(sources)  # iterating would give the names of parts or columns, which look like paths
     found = []
-    for source in [sources] if is_source(sources) else sources:
+    for source in sources:
         if not isinstance(source, (str, Path)):
             found.append(source)
             continue
