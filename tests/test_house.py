@@ -190,6 +190,13 @@ def _names_of(node: ast.AST) -> set[str]:
     return {getattr(value, "attr", ""), getattr(value, "id", "")}
 
 
+def test_copies_of_model_classes_are_not_overlooked():
+    """`isinstance` is False for classes of `trust_remote_code`: the rooms ask `is_a` instead."""
+    classes = r"isinstance\([^()]*\b(GeneBert\w*|GeneTokenizer|CellNeighborhood\w*)\b(?!Config)"
+    files = [path for path in PACKAGE.rglob("*.py") if "models" not in path.relative_to(PACKAGE).parts]
+    assert [path.name for path in files if re.search(classes, path.read_text())] == []
+
+
 def test_every_public_name_is_there():
     for name in {*stformer_hf.__all__, *stformer_hf._MODULE_OF}:
         assert getattr(stformer_hf, name) is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -50,30 +51,35 @@ def collate_fn_wrapper(
         label per cell or one per token). Returns int64 tensors `input_ids` (padded with `[PAD]`), `token_type_ids` (0)
         and `attention_mask` (0) of shape (n, length), and `labels` (-100) if the examples have them.
     """
-
-    def collate(examples: Any) -> dict[str, torch.Tensor]:
-        examples = as_cell_batch(examples)
-        tokens = read_tokens(examples, tokenizer)
-        labels = None
-        if not is_cell_batch(examples) and "labels" in examples[0]:
-            labels = [np.asarray(example["labels"]) for example in examples]
-        of_tokens = None
-        if labels is not None and labels[0].ndim:
-            of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
-            if not np.issubdtype(of_tokens[1].dtype, np.integer):
-                raise ValueError(f"Labels of tokens must be integers, got {of_tokens[1].dtype}.")
-            if len(of_tokens[1]) != tokens.indptr[-1]:
-                raise ValueError(f"There are {len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
-        if packing:
-            batch = pack(tokens, tokenizer, of_tokens)
-        else:
-            batch = pad(tokens, tokenizer, pad_to_multiple_of, of_tokens)
-        if labels is not None and of_tokens is None:
-            batch["labels"] = torch.from_numpy(np.stack(labels))
-        return CollatedBatch(batch)
-
+    # A closure could not be sent to workers that are spawned, as on macOS and Windows.
+    collate = partial(_pad_or_pack, tokenizer=tokenizer, pad_to_multiple_of=pad_to_multiple_of, packing=packing)
     collate.tokenizer = tokenizer  # type: ignore[attr-defined]  # read by checks against the model's tokenizer
     return collate
+
+
+def _pad_or_pack(
+    examples: Any, tokenizer: GeneTokenizer, pad_to_multiple_of: int | None, packing: bool
+) -> dict[str, torch.Tensor]:
+    """Return a batch as `collate_fn_wrapper` says."""
+    examples = as_cell_batch(examples)
+    tokens = read_tokens(examples, tokenizer)
+    labels = None
+    if not is_cell_batch(examples) and "labels" in examples[0]:
+        labels = [np.asarray(example["labels"]) for example in examples]
+    of_tokens = None
+    if labels is not None and labels[0].ndim:
+        of_tokens = np.arange(tokens.indptr[-1]), np.concatenate(labels)
+        if not np.issubdtype(of_tokens[1].dtype, np.integer):
+            raise ValueError(f"Labels of tokens must be integers, got {of_tokens[1].dtype}.")
+        if len(of_tokens[1]) != tokens.indptr[-1]:
+            raise ValueError(f"There are {len(of_tokens[1])} labels for {tokens.indptr[-1]} tokens.")
+    if packing:
+        batch = pack(tokens, tokenizer, of_tokens)
+    else:
+        batch = pad(tokens, tokenizer, pad_to_multiple_of, of_tokens)
+    if labels is not None and of_tokens is None:
+        batch["labels"] = torch.from_numpy(np.stack(labels))
+    return CollatedBatch(batch)
 
 
 class DataCollatorForPhenotypicMLM(CellCollator):

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def length_to_read(encoder: nn.Module, tokenizer: GeneTokenizer, *poolings: str)
 
     It does if it is the only state to pool, and a function of the whole cell (`GeneBertModel.reads_cls_alone`).
     """
-    if set(poolings) != {"cls"} or not isinstance(encoder, GeneBertModel) or not encoder.reads_cls_alone():
+    if set(poolings) != {"cls"} or not is_a(encoder, GeneBertModel) or not encoder.reads_cls_alone():
         return None
     n_special = tokenizer.add_cls + tokenizer.add_eos + (tokenizer.separator is not None)
     n_genes = 1 + tokenizer.neighborhood  # one of the cell, and one of its neighbours

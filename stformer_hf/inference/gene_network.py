@@ -24,6 +24,7 @@ from ..genes.wrong_names import some_of
 from ..models.gene_bert.encoder_layers import GeneBertAttention
 from ..models.gene_bert.randomness import uniforms
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 from ..sources.open_source import Source, open_source
 from .batches import TokenBatch, at_work, check_cells, load, read_batches
 from .gene_states import gene_frame, groups_of, indices_of, pairs_of, places_of, refuse_neighborhoods, symmetric
@@ -291,7 +292,7 @@ def gene_network(
 @torch.no_grad()
 def _attentions_of(encoder: PreTrainedModel) -> list[GeneBertAttention]:
     """Return the attention modules of a GeneBert; any input must change the output of one, its adapters included."""
-    found = [module for module in encoder.modules() if isinstance(module, GeneBertAttention)]
+    found = [module for module in encoder.modules() if is_a(module, GeneBertAttention)]
     if not found:
         raise ValueError(f"gene_network reads the attention of GeneBert models, got {type(encoder).__name__}.")
     unit = torch.eye(encoder.config.hidden_size, device=encoder.device, dtype=encoder.dtype)

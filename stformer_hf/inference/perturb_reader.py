@@ -15,6 +15,7 @@ from ..models.gene_bert.heads import pool
 from ..models.gene_bert.modeling_gene_bert import GeneBertModel
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
 from ..models.gene_bert.tokenized_cells import take
+from ..models.remote_code import is_a
 from ..training.cell_heads import check_finite, read_heads
 from .batches import TokenBatch, check_hidden_layer, choose_pooling, is_classifier, load, make_batch, packs
 from .embed import pooled_states
@@ -68,7 +69,7 @@ class Reader:
                 f"hidden_layer={self.hidden_layer} is before the first layer, where the state of a gene does not "
                 "depend on other genes: choose another, or leave out gene_shifts."
             )
-        if isinstance(self.encoder, GeneBertModel) and self.encoder.adds_nothing():
+        if is_a(self.encoder, GeneBertModel) and self.encoder.adds_nothing():
             raise ValueError(
                 "The layers of this model add nothing yet (a spectral start that was not trained), so the state of a "
                 "gene does not depend on other genes: train the model, or leave out gene_shifts."

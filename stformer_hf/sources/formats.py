@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from anndata import AnnData
 
 from ..genes.text_files import naming
@@ -46,6 +47,14 @@ def is_source(value: Any) -> bool:
     )
 
 
+def _no_source(value: Any) -> ValueError:
+    """Return the error for what is neither a source nor an iterable of sources."""
+    return ValueError(
+        "A source must be a path, an AnnData, MuData, SpatialData, CellStore or experiment of TileDB-SOMA, got "
+        f"{type(value).__name__}."
+    )
+
+
 def find_layers(source: Any, layer: str | None = None) -> Found:
     """Open a source of any kind, as `open_source` takes it and with its errors, and return its matrices."""
     if isinstance(source, (str, Path)) or is_soma(source):
@@ -59,10 +68,7 @@ def find_layers(source: Any, layer: str | None = None) -> Found:
     if hasattr(source, "manifest"):
         return Found(str(source.path), "", store_layers(source), layer)
     if not is_source(source):
-        raise ValueError(
-            "A source must be a path, an AnnData, MuData, SpatialData, CellStore or experiment of TileDB-SOMA, got "
-            f"{type(source).__name__}."
-        )
+        raise _no_source(source)
     chosen = find_table(source, layer)
     name = str(chosen.table.filename) if chosen.table.isbacked else type(source).__name__
     said = "" if chosen.table is source else chosen.name.removeprefix(type(source).__name__)
@@ -154,10 +160,14 @@ def expand(sources: Any) -> list[Any]:
     FileNotFoundError
         A path does not exist, or a pattern matches nothing.
     ValueError
-        A file has an unsupported format.
+        A file has an unsupported format; something else is given, such as a DataFrame.
     """
+    if is_source(sources):
+        sources = [sources]
+    elif isinstance(sources, (Mapping, pd.DataFrame)) or not isinstance(sources, Iterable):
+        raise _no_source(sources)  # iterating would give the names of parts or columns, which look like paths
     found = []
-    for source in [sources] if is_source(sources) else sources:
+    for source in sources:
         if not isinstance(source, (str, Path)):
             found.append(source)
             continue

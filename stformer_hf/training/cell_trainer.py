@@ -27,6 +27,7 @@ from ..batches.samplers import BlockShuffleSampler, RowSampler
 from ..batches.stream_batches import StreamBatches, StreamOrder, only, part_of
 from ..batches.token_budget import TokenBudgetBatchSampler
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 from ..store.block_order import ORDER
 from ..store.cell_store import CellStore
 from .argument_checks import check_arguments
@@ -265,7 +266,7 @@ class CellTrainer(ResumableTrainer):
 
     def _n_tokens_of(self, dataset: Any) -> np.ndarray:
         tokenizer = self.processing_class
-        if not isinstance(dataset, CellStore) or not isinstance(tokenizer, GeneTokenizer):
+        if not isinstance(dataset, CellStore) or not is_a(tokenizer, GeneTokenizer):
             return known_lengths(dataset, self.args.length_column_name)
         if tokenizer.neighborhood:
             return np.full(len(dataset), tokenizer.max_length)

@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,10 +152,14 @@ def finetune(
     ValueError
         A column is missing; no cell is labelled; the labels do not fit the problem; the tokenizer does not fit;
         `training` holds `output_dir` or `num_train_epochs`, which are parameters of this function.
+    TypeError
+        `label_key` is not the name of a column, or names.
     """
     for name, parameter in {"output_dir": "output", "num_train_epochs": "num_train_epochs"}.items():
         if name in (training or {}):
             raise ValueError(f"training: {name!r} is a parameter of finetune itself: pass {parameter}=… instead.")
+    if not isinstance(label_key, Iterable):
+        raise TypeError(f"label_key must be the name of an obs column, or a list of names; got {label_key!r}.")
     if (layer is not None or fractional) and all(
         isinstance(of, IterableAnnDataset) for of in (cells, eval_cells) if of is not None
     ):

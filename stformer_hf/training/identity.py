@@ -21,6 +21,7 @@ from ..batches.token_rows import class_names
 from ..genes.wrong_names import some_of
 from ..models.gene_bert.heads import label_columns_of, output_names, problem_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 from ..store.cell_store import CellStore
 from .cell_heads import name_outputs, read_numbers
 
@@ -33,7 +34,7 @@ def check_tokenizer_fits(model: PreTrainedModel, tokenizer: GeneTokenizer, name:
     The sizes, or the genes, bins or phenotypes themselves, differ, or only one of the two is for whole cells.
     """
     config: Any = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "gene_bert" or not isinstance(tokenizer, GeneTokenizer):
+    if getattr(config, "model_type", None) != "gene_bert" or not is_a(tokenizer, GeneTokenizer):
         return
     ids, types, n_genes = len(tokenizer), tokenizer.type_vocab_size, len(tokenizer.genes)
     if (config.vocab_size, config.type_vocab_size) != (ids, types):
@@ -71,7 +72,7 @@ def check_tokenizers(model: PreTrainedModel, processing_class: Any, collator: An
 
 
 def _vocabulary(tokenizer: Any) -> Any:
-    if isinstance(tokenizer, GeneTokenizer):
+    if is_a(tokenizer, GeneTokenizer):
         return tokenizer.fingerprint
     return dict(tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else None
 
@@ -86,7 +87,7 @@ def check_tokens(dataset: Any, model: PreTrainedModel, tokenizer: Any) -> None:
     other datasets cannot be checked.
     """
     wanted = getattr(getattr(model, "config", None), "vocabulary_fingerprint", None)
-    if isinstance(tokenizer, GeneTokenizer):
+    if is_a(tokenizer, GeneTokenizer):
         wanted = tokenizer.fingerprint
     for part in bases(dataset):
         found = _fingerprint_of(part)

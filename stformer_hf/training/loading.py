@@ -54,7 +54,7 @@ def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
                     f"{type(inner).__name__} puts learnt prompts before the tokens, which cells do not support: "
                     "use an adapter with weights, such as LoRA."
                 )
-            inner = copy.deepcopy(inner).merge_and_unload() if merge else inner.get_base_model()
+            inner = _merged(copy.deepcopy(inner)) if merge else inner.get_base_model()
             continue
         name = next((name for name in _WRAPPED if isinstance(getattr(inner, name, None), nn.Module)), None)
         if name is None:
@@ -63,7 +63,27 @@ def unwrap(model: Any, merge: bool = False) -> PreTrainedModel:
                 f"torch); got {type(model).__name__}."
             )
         inner = getattr(inner, name)
+    if merge and any(hasattr(module, "base_layer") for module in inner.modules()):
+        raise ValueError(
+            f"The {type(inner).__name__} has adapters in its layers (add_adapter), which cannot be merged: save them, "
+            "and load them with peft.PeftModel.from_pretrained(base, folder)."
+        )
     return inner
+
+
+def _merged(model: Any) -> PreTrainedModel:
+    """Merge the adapters of a PEFT model into its weights.
+
+    An embedding of tokens and an output layer that share their weight no longer do if one of them has an adapter,
+    which would be merged into both.
+    """
+    inner = model.get_base_model()
+    layers = [inner.get_input_embeddings(), inner.get_output_embeddings()]
+    if None not in layers and any(hasattr(layer, "base_layer") for layer in layers):
+        output = getattr(layers[1], "base_layer", layers[1])
+        output.weight = nn.Parameter(output.weight.detach().clone(), output.weight.requires_grad)
+        inner.config.tie_word_embeddings = False
+    return model.merge_and_unload()
 
 
 def is_model(model: Any) -> bool:
@@ -257,7 +277,7 @@ def _load_adapter(name: str, adapter: dict[str, Any]) -> PreTrainedModel:
         )
     held = load_peft_weights(name, device="cpu")
     try:
-        merged = PeftModel.from_pretrained(found, name).merge_and_unload()
+        merged = _merged(PeftModel.from_pretrained(found, name))
     except (RuntimeError, KeyError) as error:  # other shapes, or other weights
         raise ValueError(f"The adapter {name} does not fit its base {base}: {error}") from error
     missing = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}  # of a head of other classes

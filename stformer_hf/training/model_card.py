@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .. import __version__
 from ..genes.whole_files import whole_file
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 from ..store.cell_store import CellStore
 from .card_facts import compare, figures_of, gene_coverage, is_of_baseline, last_metrics, run_of, settings_of
 from .cell_heads import predicts_cells, read_heads
@@ -109,7 +110,7 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    tokenizer = tokenizer if isinstance(tokenizer, GeneTokenizer) else None
+    tokenizer = tokenizer if is_a(tokenizer, GeneTokenizer) else None
     body = _template().render(
         name=name,
         kind=kind,

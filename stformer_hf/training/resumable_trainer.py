@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from ..batches.stream_batches import part_of
 from ..models.gene_bert.modeling_gene_bert import GeneBertForPhenotypicMLM
 from ..models.gene_bert.pretrained_gene_bert import GeneBertPreTrainedModel
+from ..models.remote_code import is_a
 from .calibration import OutOfFold, replace_out_of_fold, sign
 from .callbacks import FillHubFolder, SaveOnSignal, take_back_signals
 from .checkpoints import check_complete, check_same_meaning, checkpoint_to_resume, mark_unfinished
@@ -103,9 +104,9 @@ class ResumableTrainer(LossTrainer):
 
     def _prepare_weights(self, model: PreTrainedModel) -> None:
         """Keep float32 weights, and a `[CLS]` that no loss reads."""
-        if isinstance(model, GeneBertPreTrainedModel) and model.config.cell_embedding:
+        if is_a(model, GeneBertPreTrainedModel) and model.config.cell_embedding:
             config, encoder = model.config, model.base_model
-            is_masked = isinstance(model, GeneBertForPhenotypicMLM)
+            is_masked = is_a(model, GeneBertForPhenotypicMLM)
             if is_masked and config.cls_state is None and not self._trains_cls and encoder.adds_nothing():
                 config.cls_state = "fixed"
             if config.cls_state == "fixed":

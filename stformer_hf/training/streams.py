@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from ..batches.stream_batches import StreamBatches, StreamOrder, TokenBudgetBuffer, cells_of_largest_part, part_of
 from ..models.gene_bert.tokenization_gene_bert import GeneTokenizer
+from ..models.remote_code import is_a
 
 _NO_BUDGET = 2**48  # tokens
 
@@ -86,7 +87,7 @@ def read_stream(
 def _tokens_of(tokenizer: Any, cell: Mapping[str, Any]) -> int | None:
     """Return the number of tokens of a cell of a stream; None if it has no genes, so that it is left out."""
     n_tokens = len(cell["input_ids"])
-    may_be_empty = isinstance(tokenizer, GeneTokenizer) and n_tokens <= 2 + len(tokenizer.included_phenotypes)
+    may_be_empty = is_a(tokenizer, GeneTokenizer) and n_tokens <= 2 + len(tokenizer.included_phenotypes)
     if may_be_empty and not tokenizer.get_gene_tokens_mask(np.asarray(cell["input_ids"], np.int64)).any():
         return None
     return n_tokens

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from ..models.gene_bert.configuration_gene_bert import IGNORE
 from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification, GeneBertForPhenotypicMLM
+from ..models.remote_code import is_a
 
 # Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name returns. From
 # NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,
@@ -294,10 +295,10 @@ class MeasuredTrainer(Trainer):
 
 def _reads_few_states(model: nn.Module) -> bool:
     """Return whether a step computes the last states of predicted tokens, or of `[CLS]`, alone."""
-    if isinstance(model, GeneBertForClassification):
+    if is_a(model, GeneBertForClassification):
         few = model.config.classifier_pooling == "cls"
     else:
-        few = isinstance(model, GeneBertForPhenotypicMLM) and model.config.sparse_prediction
+        few = is_a(model, GeneBertForPhenotypicMLM) and model.config.sparse_prediction
         few = few and not model.config.cell_decoder
     return few and model.config.num_hidden_layers > 0
 

@@ -363,6 +363,23 @@ def test_cells_without_counts_give_no_labels_and_no_error(tokenizer):
     assert (batch["labels"] == -100).all()
 
 
+@pytest.mark.parametrize(
+    "make",
+    [DataCollatorForPhenotypicMLM, DataCollatorForCellClassification, collate_fn_wrapper],
+    ids=lambda of: of.__name__,
+)
+def test_a_collator_may_be_sent_to_a_spawned_worker(make, store, tokenizer):
+    tokenizer.included_phenotypes = []
+    settings = {"label": "cell_type"} if make is DataCollatorForCellClassification else {}
+    collator = make(tokenizer, **settings)
+    if make is DataCollatorForPhenotypicMLM:
+        of_epoch(collator)
+    again, cells = pickle.loads(pickle.dumps(collator)), store.__getitems__(range(4, 9))
+    batch, found = collator(cells), again(cells)
+    assert set(batch) == set(found) and all(torch.equal(batch[name], found[name]) for name in batch)
+    assert again.tokenizer.fingerprint == tokenizer.fingerprint
+
+
 def test_padding_to_a_multiple_and_labels_of_tokens_and_cells(tokenizer, adata):
     examples = examples_of(tokenizer, adata[:5])
     lengths = [len(example["input_ids"]) for example in examples]

@@ -78,6 +78,17 @@ def test_the_embedding_is_that_of_embed(classifier, adata, scheme):
     np.testing.assert_allclose(found, adata.obsm["X_stformer"], atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 7}, {"num_workers": 2}], ids=str)
+def test_a_list_is_read_as_each_of_its_parts(classifier, adata, settings):
+    path = classifier()
+    wanted = pipeline("cell-embedding", model=path)(adata)
+    parts = [adata[:11], adata[11:]]
+    made_so = pipeline("cell-embedding", model=path, **settings)(parts)
+    called_so = pipeline("cell-embedding", model=path)(parts, **settings)
+    for found in (made_so, called_so):
+        np.testing.assert_allclose(np.concatenate(list(found)), wanted, atol=1e-5)
+
+
 def test_the_labels_are_those_of_annotate(classifier, adata):
     path = classifier()
     annotate(adata, path, top_k=2)

@@ -179,16 +179,46 @@ class Quantised(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def test_quantised_layers_read_all_tokens(cells, tokenizer):
-    model = make(tokenizer, initializer_range=0.1, residual_init="zero")
-    assert model.reads_cls_alone()
+class OfBuffers(nn.Module):
+    """A layer whose weights are no parameters, as those of torch's dynamic quantisation and of GPTQ."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("qweight", linear.weight.detach())
+        self.register_buffer("qbias", linear.bias.detach())
+
+    def forward(self, states):
+        return nn.functional.linear(states, self.qweight, self.qbias)
+
+
+def of_subclass(linear: nn.Linear) -> nn.Linear:
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("quantise", [of_subclass, OfBuffers])
+@pytest.mark.parametrize("start", ["zero", "normal"])
+def test_quantised_layers_read_all_tokens(cells, tokenizer, quantise, start):
+    model = make(tokenizer, initializer_range=0.1, residual_init=start)
+    assert model.reads_cls_alone() == (start == "zero")
     embed(cells, model, tokenizer=tokenizer)
     expected = cells.obsm["X_stformer"].copy()
     for layer in model.layers:
-        for linear in (layer.attention.out_lin, layer.ffn.lin2):
-            linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+        layer.attention.out_lin, layer.ffn.lin2 = quantise(layer.attention.out_lin), quantise(layer.ffn.lin2)
     assert not model.reads_cls_alone()
     embed(cells, model, tokenizer=tokenizer)
+    np.testing.assert_allclose(cells.obsm["X_stformer"], expected, atol=1e-6)
+
+
+def test_layers_on_disk_read_all_tokens(cells, tokenizer, tmp_path):
+    model = make(tokenizer, initializer_range=0.1)
+    model.save_pretrained(tmp_path / "model")
+    embed(cells, model, tokenizer=tokenizer)
+    expected = cells.obsm["X_stformer"].copy()
+    places = {"embeddings": "cpu", "cell_embedding": "cpu", "final_norm": "cpu", "layers": "disk"}
+    settings = {"device_map": places, "offload_folder": tmp_path / "disk"}
+    on_disk = GeneBertModel.from_pretrained(tmp_path / "model", **settings).eval()
+    embed(cells, on_disk, tokenizer=tokenizer)
     np.testing.assert_allclose(cells.obsm["X_stformer"], expected, atol=1e-6)
 
 

@@ -376,6 +376,21 @@ def test_lora_trains_and_merges(plain_config, tokenizer, store):
     assert type(merged) is GeneBertForClassification
 
 
+def test_every_embedding_takes_an_adapter_or_refuses_it(plain_config, batches):
+    peft = pytest.importorskip("peft")
+    plain_config.position_embedding_type, plain_config.value_embedding = "learned", "soft_bins"
+    batch = dict(batches[0], expression_values=(batches[0]["token_type_ids"] > 1).float())
+    for layer in ("word_embeddings", "token_type_embeddings", "position_embeddings"):
+        settings = peft.LoraConfig(r=2, target_modules=[layer])
+        tuned = peft.get_peft_model(GeneBertForClassification(plain_config), settings)
+        tuned(**{**batch, "labels": torch.zeros(9, dtype=torch.int64)}).loss.backward()
+        learnt = [p.grad.abs().sum() > 0 for name, p in tuned.named_parameters() if "lora_embedding_A" in name]
+        assert learnt == [True]  # A begins at 0, so that B has no gradient yet
+    settings = peft.LoraConfig(r=2, target_modules=["q_lin", "bins"])
+    with pytest.raises(ValueError, match="no effect on the embeddings .* value_embeddings.bins"):
+        peft.get_peft_model(GeneBertForClassification(plain_config), settings)(**batch)
+
+
 def test_auto_model_takes_all_that_a_config_says(plain_config, tmp_path):
     plain_config.save_pretrained(tmp_path)
     assert GeneBertConfig.from_pretrained(tmp_path).to_dict() == plain_config.to_dict()

@@ -5,9 +5,16 @@ import pytest
 import torch
 from conftest import of_epoch
 from plain_gene_bert import plain_encoder
-from transformers import AttentionInterface, AutoModelForTokenClassification, DataCollatorForTokenClassification
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForTokenClassification,
+)
 
 from stformer_hf import (
+    CellNeighborhoodConfig,
     DataCollatorForPhenotypicMLM,
     GeneBertConfig,
     GeneBertForClassification,
@@ -339,3 +346,50 @@ def test_rotated_queries_and_keys_are_in_half_precision_in_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         model(**{name: tokens[name] for name in ("input_ids", "token_type_ids")})
     assert found == [{torch.bfloat16}] * len(model.layers)
+
+
+def test_fields_given_to_from_pretrained_are_checked_as_those_of_the_constructor(tmp_path):
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "cell_embedding": True, "num_genes": 9, "wide_head": True}
+    GeneBertConfig(**fields).save_pretrained(tmp_path)
+    for given in (
+        {"cls_state": "gatd"},
+        {"norm_type": "batch_norm"},
+        {"temperature": 0.0},
+        {"class_weights": [1.0, 2.0, 3.0]},
+        {"loss_weights": {"gene": 2.0}},
+        {"cell_embedding": False},
+        {"num_attention_heads": 3},
+    ):
+        with pytest.raises(ValueError) as wanted:
+            GeneBertConfig(**{**fields, **given})
+        with pytest.raises(ValueError) as found:
+            AutoConfig.from_pretrained(tmp_path, **given)
+        assert str(found.value) == str(wanted.value)
+    together = {"cell_embedding": False, "wide_head": False, "cls_state": "layers"}  # valid together alone
+    config, unused = AutoConfig.from_pretrained(tmp_path, **together, other=1, return_unused_kwargs=True)
+    assert (config.cell_embedding, config.cls_state, unused) == (False, "layers", {"other": 1})
+    CellNeighborhoodConfig(n_genes=3, n_cell_types=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="likelihood must be"):
+        AutoConfig.from_pretrained(tmp_path, likelihood="poisson")
+
+
+@pytest.mark.parametrize("names", [{"id2label": {0: "T", 1: "B"}}, {"label2id": {"T": 0, "B": 1}}], ids=str)
+def test_names_in_one_direction_are_names_in_both(names, tmp_path):
+    GeneBertConfig(id2label={0: "B", 1: "T"}, label2id={"B": 0, "T": 1}).save_pretrained(tmp_path)
+    for config in (AutoConfig.from_pretrained(tmp_path, **names), GeneBertConfig(**names)):
+        assert (config.id2label, config.label2id) == ({0: "T", 1: "B"}, {"T": 0, "B": 1})
+
+
+@pytest.mark.parametrize("outputs", [{"num_labels": 3}, {"id2label": dict(enumerate("abc"))}], ids=str)
+def test_a_head_of_other_outputs_has_no_readers_of_the_saved_one(outputs, tmp_path):
+    fields = {"hidden_size": 16, "num_attention_heads": 2, "cell_embedding": True, "num_genes": 9, "wide_head": True}
+    of_saved = {"reader_weights": [0.0, 1.5], "temperature": 0.5, "class_weights": [1.0, 3.0]}
+    config = GeneBertConfig(**fields, **of_saved)
+    GeneBertForClassification(config).save_pretrained(tmp_path)
+    found = AutoModelForSequenceClassification.from_pretrained(tmp_path, **outputs, ignore_mismatched_sizes=True)
+    defaults = {name: getattr(GeneBertConfig(), name) for name in of_saved}
+    assert found.config.num_labels == 3 and {name: getattr(found.config, name) for name in of_saved} == defaults
+    given = AutoConfig.from_pretrained(tmp_path, **outputs, temperature=2.0)
+    assert (given.temperature, given.reader_weights) == (2.0, None)
+    renamed = AutoConfig.from_pretrained(tmp_path, id2label={0: "a", 1: "b"}, label2id={"a": 0, "b": 1})
+    assert {name: getattr(renamed, name) for name in of_saved} == of_saved  # the weights are loaded, too

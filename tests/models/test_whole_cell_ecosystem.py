@@ -404,6 +404,34 @@ def test_lora_trains_and_merges(tokenizer, batches, tmp_path):
     assert type(merged) is GeneBertForClassification
 
 
+def test_an_adapter_that_would_have_no_effect_is_refused(tokenizer, batches):
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(make_model(tokenizer), peft.LoraConfig(r=2, target_modules=["q_lin", "genes"]))
+    with pytest.raises(ValueError, match=r"no effect on the embeddings cell_embedding.genes.*modules_to_save"):
+        tuned(**batches[False])
+    whole = peft.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["genes"])
+    tuned = peft.get_peft_model(make_model(tokenizer), whole)
+    tuned(**batches[False]).loss.backward()
+    learnt = [p.grad.abs().sum() > 0 for name, p in tuned.named_parameters() if "genes.modules_to_save" in name]
+    assert learnt and all(learnt)
+
+
+def test_the_embedding_of_whole_cells_is_not_offloaded(tokenizer, batches, tmp_path):
+    make_model(tokenizer).save_pretrained(tmp_path / "model")
+    model_class, batch = type(make_model(tokenizer)), batches[False]
+    places = {"gene_bert.cell_embedding": "cpu", "wide_head": "cpu", "gene_bert.embeddings": "disk"}
+    places |= {name: "cpu" for name in ("gene_bert.final_norm", "dropout", "classifier")}
+    places["gene_bert.layers"] = "disk"
+    settings = {"offload_folder": tmp_path / "disk"}
+    with torch.no_grad():
+        wanted = model_class.from_pretrained(tmp_path / "model").eval()(**batch).logits
+        model = model_class.from_pretrained(tmp_path / "model", device_map=places, **settings).eval()
+        torch.testing.assert_close(model(**batch).logits, wanted)
+        model = model_class.from_pretrained(tmp_path / "model", device_map={"": "disk"}, **settings).eval()
+        with pytest.raises(ValueError, match="cannot be offloaded: keep them on a device"):
+            model(**batch)
+
+
 # ---------------------------------------------------------------------- several processes
 
 

@@ -341,6 +341,12 @@ def test_folders_patterns_and_lists_are_expanded(tmp_path, adata, store, caplog)
         expand([tmp_path / "data" / "notes.txt"])
 
 
+def test_what_is_no_source_is_not_taken_for_a_list_of_paths(tmp_path, adata):
+    for wrong in (5, None, {"train": adata}, adata.to_df()):
+        with pytest.raises(ValueError, match=f"A source must be a path, .* got {type(wrong).__name__}"):
+            CellStore.build(tmp_path / "store", wrong)
+
+
 def test_a_new_format_is_one_function(tmp_path, adata):
     before = list(FORMATS)
 

@@ -681,6 +681,8 @@ def test_groups_stay_together_and_bad_input_is_refused(labelled, monkeypatch):
     assert len(set(seen[0])) == 6
     with pytest.raises(ValueError, match=r"There is no obs\['nothing'\]"):
         finetune(labelled, "nothing")
+    with pytest.raises(TypeError, match="label_key must be the name of an obs column, or a list of names; got 5"):
+        finetune(labelled, 5)
     with pytest.raises(ValueError, match="Each of the 3 classes has cells of one 'copy' alone.*: leave out split_by"):
         finetune(labelled, "type", split_by="copy")
     one = labelled.copy()

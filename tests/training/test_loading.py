@@ -10,7 +10,13 @@ from anndata import AnnData
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    TrainingArguments,
+)
 
 from stformer_hf import (
     CellTrainer,
@@ -101,6 +107,32 @@ def test_the_folder_of_an_adapter_is_loaded_with_its_base(base, tokenizer, adata
     shutil.rmtree(tmp_path / "elsewhere" / "base")
     with pytest.raises(FileNotFoundError, match="The base of the adapter .* does not exist"):
         embed(adata, tmp_path / "elsewhere" / "adapter")
+
+
+@pytest.mark.parametrize("layer", ["word_embeddings", "decoder"])
+def test_an_adapter_of_one_of_two_tied_layers_is_not_merged_into_both(base, adata, tokenizer, lora, layer, tmp_path):
+    adapted = lora(AutoModelForMaskedLM.from_pretrained(base), target_modules=["q_lin", layer]).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    batch = tokenizer(adata[4:8], padding=True, return_tensors="pt")
+    wanted, of_cells = adapted(**batch).logits, embedding(adata, adapted, tokenizer)
+    unwrap(adapted, merge=True).save_pretrained(tmp_path / "merged")
+    for merged in (
+        unwrap(adapted, merge=True),
+        load_model(tmp_path / "adapter", AutoModelForMaskedLM),
+        load_model(tmp_path / "merged", AutoModelForMaskedLM),
+    ):
+        torch.testing.assert_close(merged.eval()(**batch).logits, wanted, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(embedding(adata, tmp_path / "adapter"), of_cells, atol=1e-5)
+    torch.testing.assert_close(adapted(**batch).logits, wanted)  # merging was done in a copy
+
+
+def test_adapters_that_cannot_be_merged_are_refused_by_name(base, adata, tokenizer):
+    peft = pytest.importorskip("peft")
+    model = AutoModelForMaskedLM.from_pretrained(base)
+    model = peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_lin"]), model)  # as model.add_adapter
+    embed(adata, model, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"has adapters in its layers .* load them with peft.PeftModel"):
+        finetune(adata, "cell_type", model=model, tokenizer=tokenizer)
 
 
 def test_a_trained_adapter_knows_its_classes(base, tokenizer, adata, store, lora, tmp_path):

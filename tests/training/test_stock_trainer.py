@@ -250,3 +250,13 @@ def test_a_column_that_stock_trainer_took_away_is_named(adata, store, tmp_path):
     )
     with pytest.raises(ValueError, match="no 'cell_type'.*remove_unused_columns=False"):
         trainer.train()
+
+
+def test_a_store_without_a_collator_is_told_which_to_pass(store, tmp_path):
+    tokenizer = GeneTokenizer.from_store(store)
+    model = GeneBertForPhenotypicMLM(GeneBertConfig.from_tokenizer(tokenizer, size="tiny"))
+    trainer = Trainer(model, arguments(tmp_path), train_dataset=store, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"needs tokens \(input_ids\), but got CellBatch.*data_collator=DataCollator"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"needs tokens \(input_ids\), but got genes, counts"):
+        tokenizer.pad([{"genes": [1], "counts": [2]}])

@@ -143,6 +143,15 @@ class CellNeighborhoodConfig(PreTrainedConfig):
             on_init()
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration from saved fields, with others in their place, and check all of them together.
+
+        Parameters and results are those of `PreTrainedConfig.from_dict`, which sets `kwargs` after the checks.
+        """
+        given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
+    @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "CellNeighborhoodConfig":
         """Create a configuration of a named size.
 

@@ -215,6 +215,12 @@ class GeneBertConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Names in one direction are names in both: collators read the one, and predictions the other.
+        config: Any = self
+        if config.id2label is None and config.label2id is not None:
+            config.id2label = {int(i): name for name, i in config.label2id.items()}
+        elif config.label2id is None and config.id2label is not None:
+            config.label2id = {name: int(i) for i, name in config.id2label.items()}
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         if self.hidden_size % self.num_attention_heads:
@@ -283,6 +289,40 @@ class GeneBertConfig(PreTrainedConfig):
             raise ValueError(f"reader_weights must be two numbers per label column, got {self.reader_weights}.")
         if len(temperatures) != n_columns or min(temperatures) <= 0:
             raise ValueError(f"temperature must be positive, one number per label column, got {self.temperature}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Create a configuration from saved fields, with others in their place, as `from_pretrained` does.
+
+        All are checked together; transformers sets those of `kwargs` afterwards. `id2label` or `label2id` alone
+        replace both. If the number of outputs changes, the weights of the saved head do not fit, and neither do its
+        `reader_weights`, `temperature` and `class_weights`, which return to their defaults unless given.
+
+        Parameters
+        ----------
+        config_dict : dict
+            Saved fields.
+        **kwargs
+            Other values of some fields, and arguments of `PreTrainedConfig.from_dict`.
+
+        Returns
+        -------
+        GeneBertConfig, or (GeneBertConfig, dict of unused arguments) with `return_unused_kwargs=True`
+
+        Raises
+        ------
+        ValueError
+            As for the constructor.
+        """
+        given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
+        n_saved = len(config_dict.get("id2label") or (0, 1))  # two outputs without names are not saved
+        names = given.get("id2label") or given.get("label2id") or ()
+        n_outputs = len(names) or kwargs.get("num_labels") or n_saved
+        if names or n_outputs != n_saved:
+            given = {"id2label": None, "label2id": None, **given}
+        if n_outputs != n_saved:
+            given = {"reader_weights": None, "temperature": 1.0, "class_weights": None, **given}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     @classmethod
     def from_size(cls, size: str, **kwargs: Any) -> "GeneBertConfig":

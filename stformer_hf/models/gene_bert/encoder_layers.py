@@ -39,6 +39,7 @@ class PositionlessEmbeddings(nn.Module):
 
     def __init__(self, config: GeneBertConfig):
         super().__init__()
+        self.config = config
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "learned":
@@ -102,7 +103,7 @@ class PositionlessEmbeddings(nn.Module):
         embedded = inputs_embeds + self.token_type_embeddings(token_type_ids)
         if hasattr(self, "position_embeddings"):
             assert position_ids is not None
-            most = self.position_embeddings.num_embeddings
+            most = self.config.max_position_embeddings
             bound = position_ids.shape[1] if longest is None else longest
             if bound > most and not torch.compiler.is_compiling() and int(position_ids.max()) >= most:
                 raise ValueError(
@@ -153,7 +154,26 @@ class SoftBins(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Embed values (batch, length) into (batch, length, hidden)."""
         logits = values.to(self.slope.dtype).unsqueeze(-1) * self.slope + self.offset
-        return logits.softmax(dim=-1) @ self.bins.weight
+        return logits.softmax(dim=-1) @ weight_of(self.bins)
+
+
+def weight_of(table: nn.Embedding) -> torch.Tensor:
+    """Return the weight of an embedding that is read whole, instead of row by row in its forward pass.
+
+    Raise a ValueError if something is to happen in that forward pass: adapters are added there, and accelerate loads
+    there what a `device_map` keeps on disk.
+    """
+    if hasattr(table, "base_layer"):
+        raise ValueError(
+            "An adapter has no effect on the embeddings cell_embedding.genes, wide_head.genes and "
+            "value_embeddings.bins: leave them out of target_modules, or train them in full (modules_to_save)."
+        )
+    if table.weight.is_meta and hasattr(table, "_hf_hook"):
+        raise ValueError(
+            "The embeddings cell_embedding.genes, wide_head.genes and value_embeddings.bins cannot be offloaded: keep "
+            "them on a device, such as device_map={'gene_bert.cell_embedding': 'cpu', …}."
+        )
+    return table.weight
 
 
 def places_in_cells(

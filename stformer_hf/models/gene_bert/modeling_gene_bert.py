@@ -89,11 +89,14 @@ class GeneBertModel(GeneBertPreTrainedModel):
     def adds_nothing(self) -> bool:
         """Return whether the residual branches of all layers are 0, as at a start that was not trained.
 
-        Weights that are not plain tensors, such as quantised ones, count as different from 0.
+        Weights that are not plain tensors count as different from 0, such as quantised ones, and so do those that are
+        not parameters or are on disk.
         """
         last = [linear for layer in self.layers for linear in (layer.attention.out_lin, layer.ffn.lin2)]
+        if not all(isinstance(getattr(linear, "weight", None), nn.Parameter) for linear in last):
+            return False
         weights = [parameter.data for linear in last for parameter in linear.parameters()]
-        return not any(type(weight) is not torch.Tensor or bool(weight.any()) for weight in weights)
+        return not any(type(weight) is not torch.Tensor or weight.is_meta or bool(weight.any()) for weight in weights)
 
     def reads_cls_alone(self) -> bool:
         """Return whether the states of `[CLS]` are functions of the whole cell alone, whatever the other tokens are.

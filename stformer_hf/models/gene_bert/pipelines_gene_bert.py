@@ -24,9 +24,13 @@ class _CellPipeline(Pipeline):
     _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
     _reads_phenotypes = False
 
-    def __call__(self, cells: Any, *, batch_size: int | None = None, **kwargs: Any) -> Any:
-        """Read cells: see the class."""
-        return super().__call__(cells, cells_per_batch=batch_size or self._batch_size or _BATCH_SIZE, **kwargs)
+    def __call__(
+        self, cells: Any, *, batch_size: int | None = None, num_workers: int | None = None, **kwargs: Any
+    ) -> Any:
+        """Read cells, or each AnnData of a list: see the class. Workers are not used, as tokenizing is fast."""
+        size = batch_size or self._batch_size or _BATCH_SIZE
+        # Each AnnData is a batch of transformers, which would pad several to one length.
+        return super().__call__(cells, batch_size=1, num_workers=0, cells_per_batch=size, **kwargs)
 
     def _sanitize_parameters(self, **of_cells: Any) -> _Parameters:
         wrong = set(of_cells) - {"cells_per_batch", "layer", "fractional"}

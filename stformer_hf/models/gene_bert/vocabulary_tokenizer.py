@@ -209,8 +209,18 @@ class VocabularyTokenizer(PreTrainedTokenizer):
         return encoder.types_of_text(input_ids, self.mask_token_id, separator, self._included_phenotypes)
 
     def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """Pad as any tokenizer does; refuse `expression_values`, which transformers' collators do not pad or mask."""
+        """Pad as any tokenizer does; refuse cells that are not tokenized, and what transformers' collators do not pad.
+
+        They do not mask `expression_values` and `cell_counts` either.
+        """
         first = encoded_inputs if hasattr(encoded_inputs, "keys") else next(iter(encoded_inputs), {})
+        names = list(first.keys()) if hasattr(first, "keys") else [type(first).__name__]
+        if names and "input_ids" not in names:
+            raise ValueError(
+                f"pad needs tokens (input_ids), but got {', '.join(map(str, names))}. Trainer pads the cells of a "
+                "store if it has no collator: pass data_collator=DataCollatorForPhenotypicMLM(tokenizer), or another "
+                "collator of stformer_hf, which tokenizes them."
+            )
         found = [name for name in ("expression_values", "cell_counts") if name in first]
         if found:
             raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .configuration_gene_bert import GeneBertConfig
+from .encoder_layers import weight_of
 
 OVERDISPERSION = 100.0  # theta of the negative binomial of Lause, Berens and Kobak 2021
 _TARGET_SUM = 1e4
@@ -180,7 +181,7 @@ class CellEmbedding(nn.Module):
             below = below.add_(1 / OVERDISPERSION).rsqrt_().clamp_(max=bound)
             if cells.measured is not None:
                 below = below * cells.measured
-        weight = self.genes.weight.float()
+        weight = weight_of(self.genes).float()
         first, second = weight.chunk(2, dim=-1)
         of_logs, of_residuals = sum_by_cell(weight, cells, torch.stack([log_weights, changes])).unbind(1)
         of_logs = of_logs - (means[0] * measured) @ first
@@ -225,7 +226,7 @@ class WideHead(nn.Module):
     def forward(self, cells: CellValues, statistics: GeneStatistics) -> torch.Tensor:
         """Map cells to float32 logits (n, num_labels)."""
         with torch.autocast(cells.genes.device.type, enabled=False):
-            means, weight = statistics.means[0], self.genes.weight.float()
+            means, weight = statistics.means[0], weight_of(self.genes).float()
             values = torch.where(cells.hidden, means[cells.genes], cells.log_values)
             sums = sum_by_cell(weight, cells, values[None]).squeeze(1)
             return sums - (means * statistics.measured(cells)) @ weight + self.bias.float()
