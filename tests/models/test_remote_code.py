@@ -17,9 +17,18 @@ def modules(tmp_path_factory):
     """The folder where transformers keeps the code that it imports; one for all tests, as modules stay imported."""
     folder = tmp_path_factory.mktemp("modules")
     with pytest.MonkeyPatch.context() as patch:
+        # Other tests may have imported from the usual folder.
+        patch.setattr(sys, "path", [path for path in sys.path if path != dynamic_module_utils.HF_MODULES_CACHE])
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder))
-        patch.setattr(sys, "path", list(sys.path))
+        for name in _imported():
+            patch.delitem(sys.modules, name)
         yield folder
+        for name in _imported():
+            del sys.modules[name]
+
+
+def _imported():
+    return [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]
 
 
 @pytest.fixture
