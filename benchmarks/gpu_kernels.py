@@ -26,8 +26,8 @@ _AVAILABLE = {
 
 def missing(kernel: str | None, on_gpu: bool) -> str | None:
     """Return why a kernel cannot run here, None if it can."""
-    if kernel == "cuDNN" and not on_gpu:
-        return "cuDNN needs a GPU"
+    if kernel == "cuDNN" and not (on_gpu and hasattr(torch.ops.aten, "_cudnn_attention_forward")):
+        return "cuDNN needs a GPU and a recent torch"
     if kernel in _AVAILABLE and not (on_gpu and _AVAILABLE[kernel]()):
         return f"{kernel} is not installed"
     if kernel == "Liger" and not (on_gpu and find_spec("liger_kernel")):

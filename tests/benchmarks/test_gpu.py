@@ -76,6 +76,7 @@ def _cudnn_backward(grad, query, key, value, *given, scale):
     return grads
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.aten, "_cudnn_attention_forward"), reason="this torch has no such operator")
 def test_kernels_are_called_as_torch_documents_it(monkeypatch):
     monkeypatch.setattr(gpu_kernels, "missing", lambda kernel, on_gpu: None if kernel == "cuDNN" else "not here")
     cuts = torch.tensor([0, 3, 10, 11], dtype=torch.int32)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import of_epoch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stformer_hf import (
     DataCollatorForCellClassification,
@@ -164,6 +163,12 @@ def test_the_order_of_the_cells_changes_nothing(tokenizer, examples):
                 torch.testing.assert_close(found, states.setdefault(cell["cell_id"], found), atol=1e-5, rtol=0)
 
 
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
 @pytest.mark.parametrize(
     ("dtype", "dropout", "has_varlen", "capability", "named"),
     [
@@ -179,12 +184,11 @@ def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(
     monkeypatch.setattr(packed_attention, "HAS_VARLEN", has_varlen)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     packed_attention.logger.warning_once.cache_clear()
-    with FakeTensorMode():  # of a GPU, which need not be there
-        states = torch.empty(1, 2, 11, 8, dtype=dtype, device="cuda")
-        how = {"cu_seq_lens_q": torch.empty(4, dtype=torch.int32, device="cuda"), "max_length_q": 7}
-        attended, _ = packed_attention.packed_sdpa_attention_forward(
-            torch.nn.Identity(), states, states, states, None, 1.0, dropout, cell_lengths=[3, 7, 1], **how
-        )
+    states = torch.zeros(1, 2, 11, 8, dtype=dtype).as_subclass(OnGpu)
+    how = {"cu_seq_lens_q": torch.tensor([0, 3, 10, 11], dtype=torch.int32), "max_length_q": 7}
+    attended, _ = packed_attention.packed_sdpa_attention_forward(
+        torch.nn.Identity(), states, states, states, None, 1.0, dropout, **how
+    )
     assert attended.shape == (1, 11, 2, 8)
     assert named in caplog.text
 

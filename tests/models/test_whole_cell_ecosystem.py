@@ -427,7 +427,9 @@ def test_the_embedding_of_whole_cells_is_not_offloaded(tokenizer, batches, tmp_p
         wanted = model_class.from_pretrained(tmp_path / "model").eval()(**batch).logits
         model = model_class.from_pretrained(tmp_path / "model", device_map=places, **settings).eval()
         torch.testing.assert_close(model(**batch).logits, wanted)
-        model = model_class.from_pretrained(tmp_path / "model", device_map={"": "disk"}, **settings).eval()
+        model = model_class.from_pretrained(
+            tmp_path / "model", device_map={**places, "gene_bert.cell_embedding": "disk"}, **settings
+        ).eval()
         with pytest.raises(ValueError, match="cannot be offloaded: keep them on a device"):
             model(**batch)
 

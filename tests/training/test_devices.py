@@ -8,6 +8,9 @@ from transformers import TrainerCallback, TrainingArguments
 from stformer_hf import GeneBertConfig, GeneBertForPhenotypicMLM, STFormerPretrainer
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+needs_compiler = pytest.mark.skipif(
+    not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 cannot compile this"
+)
 EXACT, ROUNDED = {"rel": 1e-3}, {"rel": 2e-2}
 
 
@@ -56,7 +59,7 @@ def test_losses_are_those_of_float32_on_a_cpu(train, device):
     assert train(device, bf16=True) == pytest.approx(expected, **ROUNDED)
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="torch 2.6 cannot compile this")
+@needs_compiler
 @pytest.mark.parametrize("device", DEVICES)
 def test_one_compilation_changes_no_loss(train, device):
     torch._dynamo.reset()
@@ -84,7 +87,7 @@ class RefuseToWait(TrainerCallback):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 def test_no_step_waits_for_the_gpu(train, device, compiled):
     """On a CPU, test_a_step_of_the_trainer_reads_no_value counts what would wait."""
     compiling = {"torch_compile": True, "torch_compile_backend": "eager" if device == "cpu" else "inductor"}
