@@ -79,9 +79,10 @@ def _merged(model: Any) -> PreTrainedModel:
     """
     inner = model.get_base_model()
     layers = [inner.get_input_embeddings(), inner.get_output_embeddings()]
-    if None not in layers and any(hasattr(layer, "base_layer") for layer in layers):
-        output = getattr(layers[1], "base_layer", layers[1])
-        output.weight = nn.Parameter(output.weight.detach().clone(), output.weight.requires_grad)
+    adapted = [layer.base_layer for layer in layers if hasattr(layer, "base_layer")]
+    if None not in layers and adapted:
+        for layer in adapted:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
         inner.config.tie_word_embeddings = False
     return model.merge_and_unload()
 

@@ -109,9 +109,14 @@ def test_the_folder_of_an_adapter_is_loaded_with_its_base(base, tokenizer, adata
         embed(adata, tmp_path / "elsewhere" / "adapter")
 
 
-@pytest.mark.parametrize("layer", ["word_embeddings", "decoder"])
-def test_an_adapter_of_one_of_two_tied_layers_is_not_merged_into_both(base, adata, tokenizer, lora, layer, tmp_path):
-    adapted = lora(AutoModelForMaskedLM.from_pretrained(base), target_modules=["q_lin", layer]).eval()
+@pytest.mark.parametrize(
+    ("layer", "in_full"), [("word_embeddings", None), ("decoder", None), ("word_embeddings", ["decoder"])]
+)
+def test_an_adapter_of_one_of_two_tied_layers_is_not_merged_into_both(
+    base, adata, tokenizer, lora, layer, in_full, tmp_path
+):
+    settings = {"target_modules": ["q_lin", layer], "modules_to_save": in_full}
+    adapted = lora(AutoModelForMaskedLM.from_pretrained(base), **settings).eval()
     adapted.save_pretrained(tmp_path / "adapter")
     batch = tokenizer(adata[4:8], padding=True, return_tensors="pt")
     wanted, of_cells = adapted(**batch).logits, embedding(adata, adapted, tokenizer)
