@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +19,14 @@ from ..models.gene_bert.configuration_gene_bert import IGNORE
 from .argument_checks import smoothing_field
 from .throughput import MeasuredTrainer
 
+logger = logging.getLogger(__name__)
+
 
 class LossTrainer(MeasuredTrainer):
     """Trainer whose evaluation loss is the mean over all labels, and which logs a loss for each class of tokens."""
 
     label_smoother: Callable[..., torch.Tensor] | None  # set by Trainer
+    _tr_loss: torch.Tensor  # set by Trainer
     # False for objectives that compare cells, whose loss is a mean over batches.
     _loss_is_a_mean_over_labels = True
 
@@ -32,6 +37,7 @@ class LossTrainer(MeasuredTrainer):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> tuple[nn.Module, DataLoader]:
         self._sums[True] = {}  # forget an attempt that ran out of memory (auto_find_batch_size)
+        self._was_finite = True
         return super()._prepare_for_training(*args, **kwargs)
 
     def compute_loss(
@@ -121,10 +127,22 @@ class LossTrainer(MeasuredTrainer):
         return means | {prefix + name: total / n for name, (total, n) in rows.items() if n}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the training losses of the classes of tokens."""
+        """Log as Trainer does, with the training losses of the classes of tokens; warn once if a loss is not finite."""
         if "loss" in logs:
             logs = {**logs, **self._means(True)}
+            if self.is_in_train and not math.isfinite(logs["loss"]):
+                self._warn_of_loss(logs["loss"])
         super().log(logs, *args, **kwargs)
+
+    def _warn_of_loss(self, loss: float) -> None:
+        self._tr_loss.zero_()  # Trainer subtracts it from itself, after which all later losses would be NaN
+        if self._was_finite:
+            logger.warning(
+                f"The loss is {loss} in step {self.state.global_step} or shortly before. Training continues, but if "
+                "the loss stays so, the weights are useless: stop, and start again, or resume from an earlier "
+                "checkpoint, with a lower learning rate or max_grad_norm."
+            )
+        self._was_finite = False
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any

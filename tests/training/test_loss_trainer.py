@@ -63,6 +63,28 @@ def test_an_infinite_batch_is_left_out_only_if_that_is_asked_for(store, tokenize
     assert loss(True, cells) == pytest.approx(loss(True, cells[:8]), rel=1e-6)
 
 
+def test_a_loss_that_is_not_finite_is_warned_of_once_and_does_not_spoil_the_log(
+    store, tokenizer, config, tmp_path, caplog
+):
+    class Fails(GeneBertForPhenotypicMLM):
+        n_batches = 0
+
+        def forward(self, **inputs):
+            outputs = super().forward(**inputs)
+            self.n_batches += 1
+            outputs.loss = outputs.loss + (float("nan") if self.n_batches in (2, 4) else 0.0)  # of the same gradient
+            return outputs
+
+    settings = {"max_steps": 5, "logging_steps": 1, "logging_nan_inf_filter": False, "save_strategy": "no"}
+    trainer = STFormerPretrainer(
+        arguments(tmp_path, 8, **settings), store, model=Fails(config), processing_class=tokenizer
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.isfinite(losses).tolist() == [True, False, True, False, True]
+    assert caplog.text.count("The loss is nan in step 2") == caplog.text.count("The loss is") == 1
+
+
 def test_a_batch_without_labels_adds_nothing():
     batches = ((2.0, 3), (float("nan"), 0), (6.0, 1))
     total, n_labels = sum(loss_of_batch(torch.tensor(loss), n, only_finite=False) for loss, n in batches)
