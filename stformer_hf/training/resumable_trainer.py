@@ -115,6 +115,19 @@ class ResumableTrainer(LossTrainer):
         if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # which keep float32 weights of their own
             keep_in_float32(model, autocast=self.args.bf16 or self.args.fp16)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them as Trainer does; say what to do if the run of the checkpoint trained other parameters."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"{checkpoint}: the optimizer is not one of the parameters that this run trains ({error}). Resume with "
+                "the same optimizer and frozen layers; if they are the same, the checkpoint is of an earlier version: "
+                "load its weights with from_pretrained and start a new run."
+            ) from error
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Warn as Trainer does; a weight that is tied to another is not missing."""
         tied = getattr(self.model, "all_tied_weights_keys", None) or {}

@@ -378,6 +378,14 @@ def test_names_in_one_direction_are_names_in_both(names, tmp_path):
     GeneBertConfig(id2label={0: "B", 1: "T"}, label2id={"B": 0, "T": 1}).save_pretrained(tmp_path)
     for config in (AutoConfig.from_pretrained(tmp_path, **names), GeneBertConfig(**names)):
         assert (config.id2label, config.label2id) == ({0: "T", 1: "B"}, {"T": 0, "B": 1})
+    with pytest.raises(ValueError, match=r"number the outputs from 0 on, got \[1, 2\]"):  # else label 2 has no output
+        GeneBertConfig(label2id={"T": 1, "B": 2})
+
+
+def test_names_saved_in_one_direction_are_kept():
+    config = GeneBertConfig(label2id={"T": 0, "B": 1, "NK": 2}).to_dict()
+    del config["id2label"]
+    assert GeneBertConfig.from_dict(config, num_labels=3).id2label == {0: "T", 1: "B", 2: "NK"}
 
 
 @pytest.mark.parametrize("outputs", [{"num_labels": 3}, {"id2label": dict(enumerate("abc"))}], ids=str)

@@ -166,6 +166,14 @@ def test_weights_alone_are_no_checkpoint_to_resume(store, tokenizer, config, tmp
         make_trainer(tmp_path, store, tokenizer, config).train(str(tmp_path / "checkpoint-9"))
 
 
+def test_an_optimizer_of_other_parameters_is_refused(store, tokenizer, config, tmp_path):
+    make_trainer(tmp_path, store, tokenizer, config).train()
+    trainer = make_trainer(tmp_path, store, tokenizer, config)
+    trainer.model.gene_bert.embeddings.requires_grad_(False)
+    with pytest.raises(ValueError, match="checkpoint-2: the optimizer .* Resume with the same optimizer and frozen"):
+        trainer.train(str(tmp_path / "checkpoint-2"))
+
+
 def test_a_finished_model_is_not_replaced_by_a_resumption(store, tokenizer, config, tmp_path):
     assert checkpoint_to_resume(tmp_path) is None  # nothing there: the run begins
     trainer = make_trainer(tmp_path, store, tokenizer, config, save_strategy="no")

@@ -222,6 +222,8 @@ class GeneBertConfig(PreTrainedConfig):
         elif config.label2id is None and config.id2label is not None:
             config.label2id = {name: int(i) for i, name in config.id2label.items()}
         super().__post_init__(**kwargs)
+        if sorted(self.id2label) != list(range(self.num_labels)):
+            raise ValueError(f"id2label and label2id must number the outputs from 0 on, got {sorted(self.id2label)}.")
         self.auto_map = dict(AUTO_MAP)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
@@ -315,7 +317,8 @@ class GeneBertConfig(PreTrainedConfig):
             As for the constructor.
         """
         given = {name: kwargs.pop(name) for name in cls.__dataclass_fields__ if name in kwargs and name != "dtype"}
-        n_saved = len(config_dict.get("id2label") or (0, 1))  # two outputs without names are not saved
+        saved = config_dict.get("id2label") or config_dict.get("label2id")
+        n_saved = len(saved or (0, 1))  # two outputs without names are not saved
         names = given.get("id2label") or given.get("label2id") or ()
         n_outputs = len(names) or kwargs.get("num_labels") or n_saved
         if names or n_outputs != n_saved:
