@@ -50,10 +50,11 @@ def commits(results: dict) -> str:
 
 
 def gpu_attention(results: dict) -> str:
-    """Return the table of the attention of one layer."""
+    """Return the table of the attention of one layer; kernels that failed are left out."""
     lines = ["| attention of one layer | forward, TFLOP/s | forward and backward, TFLOP/s |", "|---|---|---|"]
     for heads, found in results["attention"].items():
-        lines.append(f"| {heads.replace('x', 'heads of')} | {found['forward_tflops']} | {found['both_tflops']} |")
+        if "failed" not in found:
+            lines.append(f"| {heads.replace(' x ', ' heads of ')} | {found['forward_tflops']} | {found['both_tflops']} |")
     return "\n".join(lines)
 
 
@@ -61,9 +62,8 @@ def gpu_loader(results: dict) -> str:
     """Return the table of training through the trainer, by the number of worker processes."""
     lines = ["| workers | tokens/s | waiting for data |", "|---|---|---|"]
     for workers, row in results["loader"].items():
-        lines.append(
-            f"| {workers.split()[0]} | {row['tokens_per_second']:,.0f} | {100 * row['data_wait_share']:.1f} % |"
-        )
+        way = workers.replace(" workers", "")  # "8", or "8, compiled"
+        lines.append(f"| {way} | {row['tokens_per_second']:,.0f} | {100 * row['data_wait_share']:.1f} % |")
     return "\n".join(lines)
 
 

@@ -63,7 +63,8 @@ def run() -> dict[str, Any]:
     facts["torch threads"] = f"{torch.get_num_threads()} (OMP_NUM_THREADS is {threads or 'not set'})"
     facts["GPU"] = _gpus() or "none: models run on the CPU"
     if torch.cuda.is_available():
-        facts["bfloat16"] = "yes" if torch.cuda.is_bf16_supported() else "no: use float16 or float32"
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        facts["bfloat16"] = "yes" if is_fast else "no: use float16 or float32"
     chosen = []
     for weights, dtype, dropout in (
         ("float32", torch.float32, 0.0),

@@ -72,8 +72,8 @@ def _check_packed(trainer: Trainer) -> None:
             "neftune_noise_alpha: the noise depends on the length of a row, and a packed row holds many cells. Train "
             "with padded batches, or leave it out."
         )
-    config = trainer.model.config
-    is_ours = config.model_type == "gene_bert" and config._attn_implementation == "sdpa"
+    config: Any = getattr(trainer.model, "config", None)
+    is_ours = getattr(config, "model_type", None) == "gene_bert" and config._attn_implementation == "sdpa"
     if is_ours and args.torch_compile and args.device.type == "cuda":
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = dtypes.get(trainer.accelerator.mixed_precision, torch.float32)

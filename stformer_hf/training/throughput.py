@@ -17,7 +17,7 @@ from ..models.gene_bert.modeling_gene_bert import GeneBertForClassification, Gen
 from ..models.remote_code import is_a
 
 # Dense bf16 peaks of matrix units with float32 sums, FLOP/s, by the name that torch.cuda.get_device_name returns. From
-# NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, GH200) and white papers (GA102: RTX 3090,
+# NVIDIA's data sheets (A100, A30, A40, A10, L4, L40, L40S, H100, H200, B200, GH200) and white papers (GA102: RTX 3090,
 # RTX A6000; Ada: RTX 4090), halved where a sheet counts sparsity. Names must match exactly: a laptop chip, a MIG slice
 # or a vendor's variant with a similar name has another peak.
 BF16_PEAKS = {
@@ -36,6 +36,7 @@ BF16_PEAKS = {
     "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989.4e12,
     "NVIDIA H200 NVL": 835e12,
+    "NVIDIA B200": 2250e12,
     "NVIDIA GH200 480GB": 989.4e12,
     "NVIDIA RTX A6000": 154.8e12,
     "NVIDIA GeForce RTX 3090": 71e12,

@@ -368,7 +368,9 @@ def test_fields_given_to_from_pretrained_are_checked_as_those_of_the_constructor
     together = {"cell_embedding": False, "wide_head": False, "cls_state": "layers"}  # valid together alone
     config, unused = AutoConfig.from_pretrained(tmp_path, **together, other=1, return_unused_kwargs=True)
     assert (config.cell_embedding, config.cls_state, unused) == (False, "layers", {"other": 1})
+    assert AutoConfig.from_pretrained(tmp_path, dtype="auto").hidden_size == 16
     CellNeighborhoodConfig(n_genes=3, n_cell_types=2).save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path, dtype="auto").n_genes == 3
     with pytest.raises(ValueError, match="likelihood must be"):
         AutoConfig.from_pretrained(tmp_path, likelihood="poisson")
 

@@ -193,6 +193,16 @@ def test_a_call_per_cell_on_a_gpu_is_logged_with_its_remedy(
     assert named in caplog.text
 
 
+def test_one_call_serves_all_cells_in_half_precision_and_autocast(monkeypatch):
+    monkeypatch.setattr(packed_attention, "HAS_VARLEN", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    states = torch.zeros(1, 2, 11, 8).as_subclass(OnGpu)
+    assert packed_attention._varlen_serves(states.bfloat16(), 0.0)
+    assert not packed_attention._varlen_serves(states, 0.0)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind == "cuda")
+    assert packed_attention._varlen_serves(states, 0.0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "dtype", "tolerance"),

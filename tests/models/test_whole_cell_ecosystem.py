@@ -406,9 +406,10 @@ def test_lora_trains_and_merges(tokenizer, batches, tmp_path):
 
 def test_an_adapter_that_would_have_no_effect_is_refused(tokenizer, batches):
     peft = pytest.importorskip("peft")
-    tuned = peft.get_peft_model(make_model(tokenizer), peft.LoraConfig(r=2, target_modules=["q_lin", "genes"]))
-    with pytest.raises(ValueError, match=r"no effect on the embeddings cell_embedding.genes.*modules_to_save"):
-        tuned(**batches[False])
+    for layer in ("cell_embedding.genes", "wide_head.genes"):
+        tuned = peft.get_peft_model(make_model(tokenizer), peft.LoraConfig(r=2, target_modules=["q_lin", layer]))
+        with pytest.raises(ValueError, match=r"no effect on the embeddings cell_embedding.genes.*modules_to_save"):
+            tuned(**batches[False])
     whole = peft.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["genes"])
     tuned = peft.get_peft_model(make_model(tokenizer), whole)
     tuned(**batches[False]).loss.backward()

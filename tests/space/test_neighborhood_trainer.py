@@ -81,6 +81,20 @@ def test_ddp_does_not_search_for_unused_parameters(tmp_path):
     assert make_trainer(tmp_path, sampler()).accelerator.ddp_handler.find_unused_parameters is False
 
 
+def test_a_model_needs_no_configuration(tmp_path):
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
+
+        def forward(self, **inputs):
+            return self.inner(**inputs)
+
+    trainer = make_trainer(tmp_path, sampler(), model=Wrapped(), max_steps=1, save_strategy="no")
+    trainer.train()
+    assert np.isfinite(losses(trainer)).all()
+
+
 def test_evaluation_is_the_mean_over_cells_whatever_the_batches(tmp_path):
     # The first batches are crowded, the last cells alone.
     adata = section(19)

@@ -23,6 +23,7 @@ from stformer_hf import (
 )
 from stformer_hf.cli.arguments import PRETRAINING
 from stformer_hf.models.gene_bert import modeling_gene_bert
+from stformer_hf.training.defaults import FINETUNING
 from stformer_hf.training.loss_trainer import sum_dtype
 from stformer_hf.training.throughput import ModelFlops
 
@@ -99,7 +100,7 @@ def test_a_step_of_the_trainer_reads_no_value(store, tokenizer, tmp_path, monkey
             del reads.files[name]
         runs.append(reads.files)
     assert set(runs[1] - runs[0]) == ({"trainer.py"} if waits else set()) and runs[0]
-    assert PRETRAINING["logging_nan_inf_filter"] is False
+    assert PRETRAINING["logging_nan_inf_filter"] is FINETUNING["logging_nan_inf_filter"] is False
 
 
 def test_a_checkpoint_of_another_size_is_refused(store, tokenizer, tmp_path):
@@ -123,7 +124,7 @@ def test_ddp_does_not_search_for_unused_parameters(store, tokenizer, tmp_path):
     assert trainer.accelerator.ddp_handler.find_unused_parameters is True
 
 
-@pytest.mark.parametrize("cls_state", ["fixed", "gated", "layers"])
+@pytest.mark.parametrize("cls_state", [None, "fixed", "gated", "layers"])
 @pytest.mark.parametrize("head", ["masked", "classes"])
 def test_a_loss_reaches_all_parameters_that_are_trained(store, tmp_path, head, cls_state):
     """Else DDP, which does not search for the others, would stop."""
@@ -138,6 +139,7 @@ def test_a_loss_reaches_all_parameters_that_are_trained(store, tmp_path, head, c
     trainer = CellTrainer(model, settings, collator, store, processing_class=tokenizer)
     assert trainer.accelerator.ddp_handler.find_unused_parameters is False
     trainer.train()
+    assert model.config.cls_state == ("fixed" if head == "masked" and cls_state is None else cls_state)
     model(**collator(store.__getitems__([4, 5, 6]))).loss.backward()
     trained = {name: of.grad for name, of in model.named_parameters() if of.requires_grad}
     assert trained and [name for name, gradient in trained.items() if gradient is None] == []

@@ -402,6 +402,7 @@ OVERRIDDEN = {
     "_get_dataloader": "the samplers, collators and streams of this package",
     "_get_num_items_in_batch": "masked cells of neighbourhoods are the items",
     "_issue_warnings_after_load": "tied weights are not missing",
+    "_load_optimizer_and_scheduler": "an error says what to do if other parameters are trained",
     "_maybe_log_save_evaluate": "the clock stops for it",
     "_prepare_for_training": "the clock and all sums start again, and the average starts or is loaded; the order is "
     "checked once more, since auto_find_batch_size may lower the batch size again",
