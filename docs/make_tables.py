@@ -54,7 +54,8 @@ def gpu_attention(results: dict) -> str:
     lines = ["| attention of one layer | forward, TFLOP/s | forward and backward, TFLOP/s |", "|---|---|---|"]
     for heads, found in results["attention"].items():
         if "failed" not in found:
-            lines.append(f"| {heads.replace(' x ', ' heads of ')} | {found['forward_tflops']} | {found['both_tflops']} |")
+            name = heads.replace(" x ", " heads of ")
+            lines.append(f"| {name} | {found['forward_tflops']} | {found['both_tflops']} |")
     return "\n".join(lines)
 
 

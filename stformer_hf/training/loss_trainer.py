@@ -127,7 +127,7 @@ class LossTrainer(MeasuredTrainer):
         return means | {prefix + name: total / n for name, (total, n) in rows.items() if n}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log as Trainer does, with the training losses of the classes of tokens; warn once if a loss is not finite."""
+        """Log as Trainer does, with the training losses of the classes of tokens; warn of one that is not finite."""
         if "loss" in logs:
             logs = {**logs, **self._means(True)}
             if self.is_in_train and not math.isfinite(logs["loss"]):

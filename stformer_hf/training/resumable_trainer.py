@@ -123,9 +123,9 @@ class ResumableTrainer(LossTrainer):
             if "parameter group" not in str(error):
                 raise
             raise ValueError(
-                f"{checkpoint}: the optimizer is not one of the parameters that this run trains ({error}). Resume with "
-                "the same optimizer and frozen layers; if they are the same, the checkpoint is of an earlier version: "
-                "load its weights with from_pretrained and start a new run."
+                f"{checkpoint}: its run trained other parameters than this one ({error}). Resume with the same "
+                "optimizer and frozen layers; if they are the same, the checkpoint is of an earlier version: load its "
+                "weights with from_pretrained and start a new run."
             ) from error
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
