@@ -168,6 +168,15 @@ def test_the_doctor_reads_what_is_there(capsys, monkeypatch):
     assert _version("no_such_package") == "missing"
 
 
+def test_bfloat16_that_is_emulated_is_not_recommended(capsys, monkeypatch):
+    monkeypatch.setattr("stformer_hf.cli.doctor._gpus", lambda: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert main(["doctor"]) == 0
+    assert "no: use float16 or float32" in capsys.readouterr().out
+
+
 def test_the_doctor_knows_every_extra():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     of_users = set(project["optional-dependencies"]) - {"demo", "bench", "docs", "dev"}
