@@ -29,13 +29,15 @@ WAYS = {
 
 def gpu(results: dict) -> str:
     """Return the table of training steps; of rows that were measured again, the last measurement."""
-    rows = {(step["size"], step["way"]): step for step in results["steps"] if "mfu" in step}
+    rows = {(step["size"], step["cells"], step["way"]): step for step in results["steps"] if "mfu" in step}
     lines = ["| model | way | tokens/s | cells/s | MFU | peak GB |", "|---|---|---|---|---|---|"]
-    for (size, way), step in sorted(rows.items(), key=lambda row: (row[0][0], -row[1]["tokens_per_second"])):
+    fastest = sorted(rows.items(), key=lambda row: (*row[0][:2], -row[1]["tokens_per_second"]))
+    for (size, cells, way), step in fastest:
+        model = size if cells == "mix" else f"{size}, cells of {cells} tokens"
         figures = f"{step['tokens_per_second']:,} | {step['cells_per_second']:,.0f} | {step['mfu']:.1%}".replace(
             "%", " %"
         )
-        lines.append(f"| {size} | {WAYS.get(way, way)} | {figures} | {step['peak_gb']:.1f} |")
+        lines.append(f"| {model} | {WAYS.get(way, way)} | {figures} | {step['peak_gb']:.1f} |")
     return "\n".join(lines)
 
 

@@ -169,3 +169,24 @@ def test_the_tables_are_those_of_the_kept_results(monkeypatch):
     text = "".join(page.read_text(encoding="utf-8") for page in make_tables.PAGES)
     assert make_tables.fill(text) == text
     assert set(re.findall("<!-- table: (.+?) -->", text)) == set(make_tables.TABLES)
+
+
+def test_tables_of_a_gpu_show_each_kind_of_cells_and_no_failure(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import make_tables
+
+    step = {"size": "19M", "way": "packed", "mfu": 0.2, "cells_per_second": 5.0, "peak_gb": 3.0}
+    steps = [{**step, "cells": cells, "tokens_per_second": speed} for cells, speed in (("mix", 10), ("1,024", 20))]
+    rows = make_tables.gpu({"steps": [*steps, {"size": "19M", "cells": "mix", "way": "cuDNN", "skipped": "…"}]})
+    assert [row.split(" | ")[::2][:2] for row in rows.splitlines()[2:]] == [
+        ["| 19M, cells of 1,024 tokens", "20"],
+        ["| 19M", "10"],
+    ]
+    speeds = {"forward_tflops": 1.5, "both_tflops": 2.5}
+    rows = make_tables.gpu_attention({"attention": {"sdpa, 8 x 64": speeds, "cuDNN, 8 x 64": {"failed": "…"}}})
+    assert rows.splitlines()[2:] == ["| sdpa, 8 heads of 64 | 1.5 | 2.5 |"]
+    ways = {"8 workers": 1, "8 workers, compiled": 2}
+    rows = make_tables.gpu_loader(
+        {"loader": {way: {"tokens_per_second": n, "data_wait_share": 0.5} for way, n in ways.items()}}
+    )
+    assert rows.splitlines()[2:] == ["| 8 | 1 | 50.0 % |", "| 8, compiled | 2 | 50.0 % |"]
