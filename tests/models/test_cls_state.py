@@ -180,7 +180,7 @@ class Quantised(torch.Tensor):
 
 
 class OfBuffers(nn.Module):
-    """A layer whose weights are no parameters, as those of torch's dynamic quantisation and of GPTQ."""
+    """A layer whose weights are not parameters, as after torch's dynamic quantisation and GPTQ."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
