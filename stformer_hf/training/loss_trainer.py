@@ -131,11 +131,11 @@ class LossTrainer(MeasuredTrainer):
         if "loss" in logs:
             logs = {**logs, **self._means(True)}
             if self.is_in_train and not math.isfinite(logs["loss"]):
-                self._warn_of_loss(logs["loss"])
+                self._tr_loss.zero_()  # Trainer subtracts it from itself, after which all later losses would be NaN
+                self._warn_once_of_loss(logs["loss"])
         super().log(logs, *args, **kwargs)
 
-    def _warn_of_loss(self, loss: float) -> None:
-        self._tr_loss.zero_()  # Trainer subtracts it from itself, after which all later losses would be NaN
+    def _warn_once_of_loss(self, loss: float) -> None:
         if self._was_finite:
             logger.warning(
                 f"The loss is {loss} in step {self.state.global_step} or shortly before. Training continues, but if "
